@@ -16,9 +16,7 @@ struct host_space {
   static constexpr std::size_t alignment = 64;
 
   static void* allocate(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{alignment}); }
-  static void deallocate(void* data, std::size_t bytes) noexcept {
-    ::operator delete(data, bytes, std::align_val_t{alignment});
-  }
+  static void deallocate(void* data, std::size_t) noexcept { ::operator delete(data, std::align_val_t{alignment}); }
 };
 
 template <class T, int Rank, class Space = host_space>
@@ -55,8 +53,8 @@ class tensor {
   [[nodiscard]] std::size_t bytes() const { return static_cast<std::size_t>(size()) * sizeof(T); }
 
   // A const tensor gives read-only views.
-  operator view<T, Rank>() { return {data_, shape_}; }
-  operator view<const T, Rank>() const { return {data_, shape_}; }
+  operator ratplus::view<T, Rank>() { return {data_, shape_}; }
+  operator ratplus::view<const T, Rank>() const { return {data_, shape_}; }
   [[nodiscard]] ratplus::view<T, Rank> view() { return *this; }
   [[nodiscard]] ratplus::view<const T, Rank> view() const { return *this; }
 
