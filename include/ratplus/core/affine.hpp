@@ -1,6 +1,6 @@
 #pragma once
-// The affine element of a linear recurrence: h ↦ a·h + b. Composition is associative, with identity (1, 0), so any grouping of
-// consecutive steps (chunks of a scan, shards of a sequence) may be combined in any bracketing.
+// The affine element of a linear recurrence: h ↦ a·h + b. Composition is associative, with identity (1, 0), so any
+// grouping of consecutive steps (chunks of a scan, shards of a sequence) may be combined in any bracketing.
 
 #include "ratplus/core/host_device.hpp"
 

@@ -1,6 +1,7 @@
 #pragma once
-// The functions a recurrence cell may apply to a scalar. A backend that processes several channels at once passes packs instead
-// of scalars and supplies these functions for its pack type, found by argument-dependent lookup: cells call them unqualified.
+// The functions a recurrence cell may apply to a scalar. A backend that processes several channels at once passes packs
+// instead of scalars and supplies these functions for its pack type, found by argument-dependent lookup: cells call
+// them unqualified.
 
 #include <cmath>
 

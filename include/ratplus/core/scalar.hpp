@@ -1,5 +1,6 @@
 #pragma once
-// Scalar types. bfloat16 is a storage format: float32 with the lower sixteen mantissa bits rounded away (to nearest, ties to even).
+// Scalar types. bfloat16 is a storage format: float32 with the lower sixteen mantissa bits rounded away (to nearest,
+// ties to even).
 
 #include <bit>
 #include <cstdint>

@@ -1,7 +1,7 @@
 #pragma once
-// The partial softmax of a subset of keys: running maximum m, sum l = Σ e^{s−m}. The weighted values o = Σ e^{s−m} v are rescaled
-// by the same two factors. Combination is associative and commutative with identity (−∞, 0), so runs of keys, splits of a decode
-// and shards of a sequence join in any order.
+// The partial softmax of a subset of keys: running maximum m, sum l = Σ e^{s−m}. The weighted values o = Σ e^{s−m} v
+// are rescaled by the same two factors. Combination is associative and commutative with identity (−∞, 0), so runs of
+// keys, splits of a decode and shards of a sequence join in any order.
 
 #include <cmath>
 #include <limits>

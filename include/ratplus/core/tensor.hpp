@@ -1,6 +1,6 @@
 #pragma once
-// tensor<T, Rank, Space>: contiguous memory that is owned, moved and freed. Space says where it lies (host memory here, a CUDA
-// device's in cuda.cuh) and is part of the type, so that a host pointer cannot reach a device kernel by mistake.
+// tensor<T, Rank, Space>: contiguous memory that is owned, moved and freed. Space says where it lies (host memory here,
+// a CUDA device's in cuda.cuh) and is part of the type, so that a host pointer cannot reach a device kernel by mistake.
 
 #include <cstddef>
 #include <new>
@@ -15,8 +15,8 @@ namespace ratplus {
 struct host_space {
   static constexpr std::size_t alignment = 64;
 
-  static void* allocate(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{alignment}); }
-  static void deallocate(void* data, std::size_t) noexcept { ::operator delete(data, std::align_val_t{alignment}); }
+  static void* allocate(std::size_t bytes) { return ::operator new (bytes, std::align_val_t{alignment}); }
+  static void deallocate(void* data, std::size_t) noexcept { ::operator delete (data, std::align_val_t{alignment}); }
 };
 
 template <class T, int Rank, class Space = host_space>
@@ -82,7 +82,8 @@ class tensor {
 
 template <class T, class Space = host_space, class... N>
 [[nodiscard]] tensor<T, static_cast<int>(sizeof...(N)), Space> make_tensor(N... shape) {
-  return tensor<T, static_cast<int>(sizeof...(N)), Space>({{static_cast<index_t>(shape)...}});
+  constexpr int rank = static_cast<int>(sizeof...(N));
+  return tensor<T, rank, Space>(extents<rank>{{static_cast<index_t>(shape)...}});
 }
 
 }  // namespace ratplus

@@ -1,7 +1,7 @@
 #pragma once
-// view<T, Rank>: a window onto memory owned by somebody else. Rows may lie anywhere (strides are free), the channels of one row
-// are contiguous (the last stride is 1). So a slice of a projection, the heads of a row or every D-th key are views: nothing is
-// ever gathered. Cheap to copy, passed by value, usable in kernels.
+// view<T, Rank>: a window onto memory owned by somebody else. Rows may lie anywhere (strides are free), the channels of
+// one row are contiguous (the last stride is 1). So a slice of a projection, the heads of a row or every D-th key are
+// views: nothing is ever gathered. Cheap to copy, passed by value, usable in kernels.
 
 #include <array>
 #include <type_traits>
@@ -58,9 +58,7 @@ class view {
   RATPLUS_HD constexpr view(T* data, extents<Rank> shape, extents<Rank> stride)
       : data_(data), shape_(shape), stride_(stride) {}
 
-  RATPLUS_HD constexpr operator view<const T, Rank>() const
-    requires(!std::is_const_v<T>)
-  {
+  RATPLUS_HD constexpr operator view<const T, Rank>() const requires(!std::is_const_v<T>) {
     return {data_, shape_, stride_};
   }
 
@@ -74,17 +72,11 @@ class view {
   RATPLUS_HD constexpr explicit operator bool() const { return data_ != nullptr; }
 
   template <class... I>
-    requires(sizeof...(I) == Rank)
-  RATPLUS_HD constexpr T& operator()(I... i) const {
-    return data_[offset(i...)];
-  }
+  requires(sizeof...(I) == Rank) RATPLUS_HD constexpr T& operator()(I... i) const { return data_[offset(i...)]; }
 
   /// Pointer to the first channel of a row: all indices but the last.
   template <class... I>
-    requires(sizeof...(I) == Rank - 1)
-  RATPLUS_HD constexpr T* row(I... i) const {
-    return data_ + offset(i...);
-  }
+  requires(sizeof...(I) == Rank - 1) RATPLUS_HD constexpr T* row(I... i) const { return data_ + offset(i...); }
 
   /// Elements [begin, end) of dimension `dim`.
   RATPLUS_HD constexpr view slice(int dim, index_t begin, index_t end) const {
@@ -133,9 +125,7 @@ class view {
   }
 
   /// The element `i` of the first dimension, one rank lower.
-  RATPLUS_HD constexpr view<T, Rank - 1> operator[](index_t i) const
-    requires(Rank > 1)
-  {
+  RATPLUS_HD constexpr view<T, Rank - 1> operator[](index_t i) const requires(Rank > 1) {
     extents<Rank - 1> shape, stride;
     for (int d = 1; d < Rank; ++d) {
       shape[d - 1] = shape_[d];
@@ -144,11 +134,7 @@ class view {
     return {data_ + i * stride_[0], shape, stride};
   }
 
-  RATPLUS_HD constexpr T& operator[](index_t i) const
-    requires(Rank == 1)
-  {
-    return data_[i * stride_[0]];
-  }
+  RATPLUS_HD constexpr T& operator[](index_t i) const requires(Rank == 1) { return data_[i * stride_[0]]; }
 
   /// Rows follow each other without gaps.
   RATPLUS_HD constexpr bool contiguous() const {

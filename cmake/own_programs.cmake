@@ -1,0 +1,33 @@
+# What our own programs (tests, benchmarks, examples, trainer) get and no consumer ever does: a default build type, ccache, warnings
+# as errors, this machine's instructions, sanitizers. They link ratplus_own beside ratplus::….
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
+endif()
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+
+find_program(RATPLUS_CCACHE ccache)
+if(RATPLUS_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${RATPLUS_CCACHE})
+endif()
+
+add_library(ratplus_own INTERFACE)
+set(cxx $<COMPILE_LANGUAGE:CXX>)
+target_compile_options(ratplus_own INTERFACE $<${cxx}:-Wall;-Wextra;-Wconversion;-Wshadow;-Werror>)
+if(RATPLUS_NATIVE)
+  target_compile_options(ratplus_own INTERFACE $<${cxx}:-march=native>)
+endif()
+if(RATPLUS_SANITIZE)
+  string(REPLACE ";" "," sanitize "${RATPLUS_SANITIZE}")
+  target_compile_options(ratplus_own INTERFACE
+    $<${cxx}:-fsanitize=${sanitize};-fno-sanitize-recover=all;-fno-omit-frame-pointer;-D_GLIBCXX_ASSERTIONS>)
+  target_link_options(ratplus_own INTERFACE -fsanitize=${sanitize})
+endif()
+
+if(RATPLUS_CUDA)
+  # --extended-lambda is not used; relaxed constexpr is: host constexpr arithmetic (patterns) runs in kernels as it is.
+  target_compile_options(ratplus_own INTERFACE
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-lineinfo;-Xcompiler=-Wall,-Wextra;-Werror=all-warnings>)
+  # Each .cu's compile time is printed after its line.
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E time)
+endif()
