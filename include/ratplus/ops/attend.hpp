@@ -7,7 +7,6 @@
 // Work and memory grow with the visited keys: no T × T matrix is ever stored. Training, prefill in pieces and decoding
 // are the same operation; with a past, earlier keys come from a cache and the rows of this call from k and v.
 
-#include "ratplus/core/scalar.hpp"
 #include "ratplus/ops/context.hpp"
 #include "ratplus/pattern/residency.hpp"
 

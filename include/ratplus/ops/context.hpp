@@ -5,6 +5,7 @@
 
 #include <concepts>
 
+#include "ratplus/core/scalar.hpp"
 #include "ratplus/core/tensor.hpp"
 
 namespace ratplus {
