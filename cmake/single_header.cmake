@@ -1,0 +1,47 @@
+# cmake -DINCLUDE_DIR=… -DVERSION=… -DOUTPUT=… -P single_header.cmake: ratplus/ratplus.hpp and every "ratplus/…" header it includes
+# in one file, each once and after those it needs. What is left to include is the standard library, Eigen and OpenMP.
+cmake_minimum_required(VERSION 3.22)
+
+# Appends to the global property `text` what `header` includes, then its own text. Works on strings, never on lists of lines: C++ is
+# full of semicolons and brackets.
+function(expand header)
+  get_property(seen GLOBAL PROPERTY seen)
+  if(header IN_LIST seen)
+    return()
+  endif()
+  set_property(GLOBAL APPEND PROPERTY seen ${header})
+  file(READ "${INCLUDE_DIR}/${header}" text)
+  string(REPLACE "#pragma once\n" "" text "\n${text}")
+  while(text MATCHES "\n[ \t]*#[ \t]*include[ \t]*\"([^\"]+)\"[^\n]*")
+    set(directive "${CMAKE_MATCH_0}")
+    set(included "${CMAKE_MATCH_1}")
+    # Inside a condition the text would be missing for those who include the header without one.
+    string(FIND "${text}" "${directive}" at)
+    string(SUBSTRING "${text}" 0 ${at} before)
+    string(REGEX MATCHALL "\n[ \t]*#[ \t]*if" opened "${before}")
+    string(REGEX MATCHALL "\n[ \t]*#[ \t]*endif" closed "${before}")
+    list(LENGTH opened opened)
+    list(LENGTH closed closed)
+    if(NOT opened EQUAL closed)
+      message(FATAL_ERROR "single_header: ${header} includes ${included} inside #if; that cannot be flattened")
+    endif()
+    string(REPLACE "${directive}" "" text "${text}")
+    expand(${included})
+  endwhile()
+  set_property(GLOBAL APPEND_STRING PROPERTY text "\n\n// ======== ${header}\n${text}")
+endfunction()
+
+expand(ratplus/ratplus.hpp)
+get_property(text GLOBAL PROPERTY text)
+string(REGEX REPLACE "\n\n\n+" "\n\n" text "${text}")
+file(READ "${CMAKE_CURRENT_LIST_DIR}/../LICENSE" licence)
+string(STRIP "${licence}" licence)
+string(REPLACE "\n" "\n// " licence "// ${licence}")
+string(REPLACE "// \n" "//\n" licence "${licence}")
+string(CONCAT head "#pragma once\n// ratplus ${VERSION} in one file, generated from ratplus/ratplus.hpp. "
+                   "Needs C++20 and Eigen 3.4; uses OpenMP when it is on.\n//\n")
+file(WRITE "${OUTPUT}.new" "${head}${licence}\n${text}")
+file(RENAME "${OUTPUT}.new" "${OUTPUT}")
+get_property(seen GLOBAL PROPERTY seen)
+list(LENGTH seen count)
+message(STATUS "single_header: ${count} headers in ${OUTPUT}")

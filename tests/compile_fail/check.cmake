@@ -1,0 +1,25 @@
+# cmake -DCOMPILER=… -DFLAGS=a|b|… -DFILE=… -P check.cmake
+cmake_minimum_required(VERSION 3.22)
+
+function(refuse text)
+  message(NOTICE "${text}")  # as it is: a fatal error's text would be wrapped
+  message(FATAL_ERROR "compile_fail")
+endfunction()
+
+string(REPLACE "|" ";" FLAGS "${FLAGS}")
+file(STRINGS "${FILE}" expectations REGEX "^// expect: .+")
+if(NOT expectations)
+  refuse("${FILE} has no '// expect:' line")
+endif()
+set(ENV{LC_ALL} C)
+execute_process(COMMAND ${COMPILER} ${FLAGS} ${FILE} RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
+if(status STREQUAL "0")
+  refuse("${FILE} compiles, but must not")
+endif()
+foreach(expectation IN LISTS expectations)
+  string(REPLACE "// expect: " "" expectation "${expectation}")
+  string(FIND "${output}" "${expectation}" at)
+  if(at EQUAL -1)
+    refuse("${FILE}: the compiler did not say '${expectation}' but\n${output}")
+  endif()
+endforeach()

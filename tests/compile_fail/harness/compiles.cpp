@@ -1,0 +1,2 @@
+int main() {}
+// expect: nothing at all

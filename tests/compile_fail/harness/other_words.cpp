@@ -1,0 +1,2 @@
+// expect: some other words
+static_assert(sizeof(char) == 2, "these words");
