@@ -168,7 +168,7 @@ class header_events {
                    : key == "shape"        ? &has_shape_
                    : key == "data_offsets" ? &has_offsets_
                                            : nullptr;
-      if (seen == nullptr) fail(message("unknown field ", quoted(key)));
+      if (seen == nullptr) fail(message("unknown field ", excerpt(key)));
       if (*seen) fail(message(key, " occurs twice"));
       *seen = true;
       field_ = key;
@@ -179,12 +179,12 @@ class header_events {
   bool string(std::string& text) {
     if (place_ == place::metadata) {
       if (!metadata_.emplace(metadata_key_, text).second)
-        throw format_error(message(path_, ": metadata ", quoted(metadata_key_), " occurs twice"));
+        throw format_error(message(path_, ": metadata ", excerpt(metadata_key_), " occurs twice"));
       return true;
     }
     if (place_ != place::tensor || field_ != "dtype") fail("a string where none belongs");
     const auto known = std::find_if(dtype_names.begin(), dtype_names.end(), [&](auto& d) { return d.name == text; });
-    if (known == dtype_names.end()) fail(message("unknown dtype ", quoted(text)));
+    if (known == dtype_names.end()) fail(message("unknown dtype ", excerpt(text)));
     info_->type = known->type;
     return true;
   }
@@ -222,7 +222,7 @@ class header_events {
   bool null() { return fail("null where a value belongs"); }
   bool boolean(bool) { return fail("true or false where none belongs"); }
   bool number_integer(std::int64_t value) { return fail(message("negative number ", value)); }
-  bool number_float(double, const std::string& text) { return fail(message("not a whole number: ", quoted(text))); }
+  bool number_float(double, const std::string& text) { return fail(message("not a whole number: ", excerpt(text))); }
   bool binary(std::vector<std::uint8_t>&) { return fail("binary data where none belongs"); }
 
   template <class Error>
@@ -236,9 +236,9 @@ class header_events {
 
   [[noreturn]] bool fail(const std::string& what) const {
     if (place_ == place::metadata)
-      throw format_error(message(path_, ": metadata ", quoted(metadata_key_), ": ", what, "; values are strings"));
+      throw format_error(message(path_, ": metadata ", excerpt(metadata_key_), ": ", what, "; values are strings"));
     if (place_ == place::outside) throw format_error(message(path_, ": header: ", what));
-    throw format_error(message(path_, ": tensor ", quoted(name_), ": ", what));
+    throw format_error(message(path_, ": tensor ", excerpt(name_), ": ", what));
   }
 
   // shape × dtype == end − begin, without ever overflowing
@@ -288,7 +288,7 @@ class safetensors_file {
 
   [[nodiscard]] const tensor_info& info(std::string_view name) const {
     const auto found = tensors_.find(name);
-    if (found == tensors_.end()) throw format_error(message(path(), ": has no tensor ", detail::quoted(name)));
+    if (found == tensors_.end()) throw format_error(message(path(), ": has no tensor ", detail::excerpt(name)));
     return found->second;
   }
 
@@ -376,7 +376,7 @@ class safetensors_file {
   }
 
   [[noreturn]] void fail(std::string_view name, const std::string& what) const {
-    throw format_error(message(path(), ": tensor ", detail::quoted(name), ": ", what));
+    throw format_error(message(path(), ": tensor ", detail::excerpt(name), ": ", what));
   }
   [[noreturn]] void fail_dtype(std::string_view name, const tensor_info& tensor, std::string_view expected) const {
     fail(name, message("dtype is ", name_of(tensor.type), ", expected ", expected));
@@ -499,7 +499,7 @@ class safetensors_writer {
   template <class T, int Rank>
   void add(const std::string& name, view<T, Rank> values) {
     if (!values.contiguous())
-      throw shape_error(message("safetensors: tensor ", detail::quoted(name), " is not contiguous"));
+      throw shape_error(message("safetensors: tensor ", detail::excerpt(name), " is not contiguous"));
     add(name, dtype_of<T>(), {values.shape().at, values.shape().at + Rank}, values.data());
   }
   template <class T, int Rank>
@@ -539,7 +539,7 @@ class safetensors_writer {
     index_t bytes = bytes_of(type);
     for (const index_t n : shape) bytes *= n;
     if (name == "__metadata__" || !tensors_.try_emplace(name, source{type, std::move(shape), data, bytes}).second)
-      throw value_error(message("safetensors: tensor name ", detail::quoted(name), " is taken"));
+      throw value_error(message("safetensors: tensor name ", detail::excerpt(name), " is taken"));
   }
 
   template <class Entries>

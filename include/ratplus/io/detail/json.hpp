@@ -14,7 +14,7 @@
 namespace ratplus::io::detail {
 
 /// 'text' for a message: control characters as dots, cut after 100 bytes.
-[[nodiscard]] inline std::string quoted(std::string_view text) {
+[[nodiscard]] inline std::string excerpt(std::string_view text) {
   constexpr std::size_t limit = 100;
   std::string out = "'";
   for (const char c : text.substr(0, limit)) out += (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) ? '.' : c;
@@ -34,7 +34,7 @@ namespace ratplus::io::detail {
     if (event == json::parse_event_t::key) {
       const auto& key = parsed.get_ref<const std::string&>();
       if (!keys[static_cast<std::size_t>(depth)].insert(key).second)
-        throw format_error(message(source, ": key ", quoted(key), " occurs twice"));
+        throw format_error(message(source, ": key ", excerpt(key), " occurs twice"));
     }
     return true;
   };
