@@ -1,11 +1,11 @@
 #pragma once
 // Attention under a pattern:
 //
-//     a_t = Σ_{s visible to t} softmax_s(q_t · k_s / sqrt(d)) v_s      lse_t = log Σ_s e^{q_t · k_s / sqrt(d)} (SPEC
-//     §1, §2)
+//     a_t = Σ_{s visible to t} softmax_s(q_t · k_s / sqrt(d)) v_s      lse_t = log Σ_s e^{q_t · k_s / sqrt(d)}
 //
-// Work and memory grow with the visited keys: no T × T matrix is ever stored. Training, prefill in pieces and decoding
-// are the same operation; with a past, earlier keys come from a cache and the rows of this call from k and v.
+// (SPEC §1, §2). Work and memory grow with the visited keys: no T × T matrix is ever stored. Training, prefill in
+// pieces and decoding are the same operation; with a past, earlier keys come from a cache and the rows of this call
+// from k and v.
 
 #include "ratplus/ops/context.hpp"
 #include "ratplus/pattern/residency.hpp"
@@ -47,7 +47,7 @@ void check_attend(const char* op, const view<const T, 4>& q, const view<const T,
 /// cache checks it.
 template <Context Ctx, class P, class T, class KV>
 void attend_forward(Ctx& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
-  if constexpr (!HeadPattern<P>) require_pattern<P>();
+  require_head_pattern<P>();
   const index_t B = p.q.extent(0), H = p.q.extent(1), T_ = p.q.extent(2), d = p.q.extent(3);
   check_heads(pattern, H);
   detail::check_attend("attend", p.q, p.k, p.v);
@@ -75,7 +75,7 @@ struct attend_backward_args {
 /// Recomputes the probabilities from lse: p = e^{s − lse}, dS = p ⊙ (dout · v − Σ dout ⊙ out), dq = dS k / sqrt(d), …
 template <Context Ctx, class P, class T>
 void attend_backward(Ctx& ctx, const P& pattern, const attend_backward_args<T>& p) {
-  if constexpr (!HeadPattern<P>) require_pattern<P>();
+  require_head_pattern<P>();
   const index_t B = p.q.extent(0), H = p.q.extent(1), T_ = p.q.extent(2);
   check_heads(pattern, H);
   const char* op = "attend backward";

@@ -59,8 +59,7 @@ concept HasLastQuery = requires(const P& p, index_t i) {
 ///
 ///   bool     sees(query, key)      the definition; false for key > query, true for key == query
 ///   key_runs keys(query)           the same set as disjoint runs. From query to query, run r keeps its step and its
-///   lattice
-///                                  (begin mod step), and neither its begin nor its end ever decreases
+///                                  lattice (begin mod step), and neither its begin nor its end ever decreases
 ///   index_t  last_query(key, T)    the last of T queries that sees `key`; the queries that see it are key … last_query
 ///
 /// `consistent(pattern, T)` checks the three against each other and is constexpr: static_assert it for a pattern of

@@ -73,7 +73,8 @@ class residency {
   index_t positions_ = 0;
 };
 
-/// Whether a cache kept under `kept` holds every key a query under `asked` sees.
+/// Whether a cache kept under `kept` holds every key a query under `asked` sees, each run where `find` looks for it:
+/// the anchors among the anchors, the window in the ring, the sinks among the sinks.
 [[nodiscard]] constexpr bool serves(const any_sparse& kept, const any_sparse& asked) {
   if (kept.dense()) return true;
   const bool anchors = !asked.anchored() || (kept.anchored() && asked.dilation() % kept.dilation() == 0);

@@ -25,8 +25,10 @@ constexpr decltype(auto) visit_at(const Tuple& t, index_t i, F&& f) {
 }  // namespace detail
 
 /// Patterns known at compile time, one for each of sizeof...(Ps) equal groups of consecutive heads.
-template <Pattern... Ps>
-requires(sizeof...(Ps) > 0) struct by_head {
+template <class... Ps>
+struct by_head {
+  static_assert(sizeof...(Ps) > 0, "ratplus: by_head needs at least one pattern");
+  static_assert((require_pattern<Ps>(), ..., true));
   std::tuple<Ps...> patterns;
 
   [[nodiscard]] static constexpr index_t groups() { return sizeof...(Ps); }
@@ -67,6 +69,12 @@ concept HeadPattern = Pattern<P> || requires(const P& p, void (*f)(const any_spa
   { p.groups() } -> std::convertible_to<index_t>;
 };
 
+/// Turns an unsatisfied HeadPattern into a sentence about the Pattern it might have been.
+template <class P>
+constexpr void require_head_pattern() {
+  if constexpr (!HeadPattern<P>) require_pattern<P>();
+}
+
 /// Number of groups of heads; 1 for a plain pattern.
 template <HeadPattern P>
 [[nodiscard]] constexpr index_t head_groups(const P& pattern) {
@@ -93,8 +101,10 @@ constexpr decltype(auto) visit_head(const P& pattern, index_t head, index_t head
 }
 
 /// Head patterns known at compile time, one per layer, repeated cyclically.
-template <HeadPattern... Ps>
-requires(sizeof...(Ps) > 0) struct by_layer {
+template <class... Ps>
+struct by_layer {
+  static_assert(sizeof...(Ps) > 0, "ratplus: by_layer needs at least one pattern");
+  static_assert((require_head_pattern<Ps>(), ..., true));
   std::tuple<Ps...> layers;
 
   template <class F>

@@ -1,12 +1,11 @@
 #pragma once
 // Dilation D, window W, sinks S: query t sees key s when
 //
-//     s ≤ t  and  ( (s + 1) % D == 0   or   t − s ≤ W   or   s < S )                                           (SPEC
-//     §2)
+//     s ≤ t  and  ( (s + 1) % D == 0   or   t − s ≤ W   or   s < S )                        (SPEC §2)
 //
 // The one place with this arithmetic. `sparse<D, W, S>` fixes the numbers at compile time, `any_sparse` holds them at
 // run time; kernels are written once for both. The three runs of a query are: sinks [0, S), anchors (every D-th key
-// from the first at or after S up to the window) and the window [t − W, t].
+// from the first at or after S up to the window) and the window [max(t − W, S), t].
 
 #include <optional>
 
@@ -35,7 +34,7 @@ struct sparse_rules {
     const index_t sinks = self().sinks(),
                   oldest = query - self().window();  // oldest position of the window, may be < 0
     const index_t sunk = sinks < end ? sinks : end;
-    key_runs runs{{{0, sunk, 1}, {0, 0, 1}, {oldest > sunk ? oldest : sunk, end, 1}}};
+    key_runs runs{{{0, sunk, 1}, {0, 0, 1}, {oldest > sinks ? oldest : sinks, end > sinks ? end : sinks, 1}}};
     if (self().anchored()) {
       const index_t D = self().dilation(), first = first_anchor();
       runs.run[1] = {first, oldest > first ? oldest : first, D};
@@ -82,6 +81,8 @@ struct sparse : sparse_rules<sparse<D, W, S>> {
                 "ratplus: a dilation must be at least 1 (dilated<1> is dense); see ratplus/pattern/sparse.hpp");
   static_assert(W >= 0, "ratplus: a window must not be negative (0 sees the query's own key only)");
   static_assert(S >= 0, "ratplus: the number of sinks must not be negative");
+  static_assert(stride <= max_position && W <= max_position && S <= max_position,
+                "ratplus: a pattern's numbers must not exceed ratplus::max_position");
 
   [[nodiscard]] RATPLUS_HD static constexpr bool anchored() { return has_anchors; }
   [[nodiscard]] RATPLUS_HD static constexpr index_t dilation() { return stride; }
@@ -95,12 +96,15 @@ class any_sparse : public sparse_rules<any_sparse> {
   /// Dense.
   constexpr any_sparse() = default;
 
-  /// Throws value_error when D < 1, W < 0 or S < 0. No dilation: window and sinks alone.
+  /// Throws value_error when D < 1, W < 0, S < 0 or one exceeds max_position. No dilation: window and sinks alone.
   constexpr any_sparse(std::optional<index_t> dilation, index_t window, index_t sinks)
       : dilation_(dilation.value_or(1)), window_(window), sinks_(sinks), anchored_(dilation.has_value()) {
     if (dilation_ < 1) throw value_error(message("pattern: dilation ", dilation_, " is less than 1"));
     if (window_ < 0) throw value_error(message("pattern: window ", window_, " is negative"));
     if (sinks_ < 0) throw value_error(message("pattern: sinks ", sinks_, " is negative"));
+    if (dilation_ > max_position || window_ > max_position || sinks_ > max_position)
+      throw value_error(message("pattern: dilation ", dilation_, ", window ", window_, ", sinks ", sinks_, ": at most ",
+                                max_position, " is possible"));
   }
 
   template <auto D, index_t W, index_t S>

@@ -36,9 +36,11 @@ concept HasAdjoint = requires(const C& c, float s, index_t t) {
 
 /// A cell has, for a state h, an input x, a gate's pre-activation g and the position t, all of type S:
 ///
-///   static constexpr bool gated            whether the projection has a slice g; if not, S(0) is passed and dgate is
-///   ignored S step(S h, S x, S g, index_t t)       h_t from h_{t−1} cell_gradient<S> adjoint(S h, S x, S g, index_t t,
-///   S dh)      h = h_{t−1}, dh the gradient of h_t std::string name()                     as config.json calls it
+///   static constexpr bool gated                    whether the projection has a slice g; if not, S(0) is passed and
+///                                                  dgate is ignored
+///   S step(S h, S x, S g, index_t t)               h_t from h = h_{t−1}
+///   cell_gradient<S> adjoint(S h, S x, S g, index_t t, S dh)      h = h_{t−1}, dh the gradient of h_t
+///   std::string name()                             as config.json calls it; only models that are saved need it
 ///
 /// S is float, double or a pack of floats: use arithmetic and the functions of core/math.hpp, called unqualified, and
 /// branch on t alone; then every backend vectorises the cell. Members are const and RATPLUS_HD.

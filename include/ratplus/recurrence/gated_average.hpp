@@ -1,6 +1,5 @@
 #pragma once
-// RAT+'s cell: h_t = γ_t h_{t−1} + (1 − γ_t) x_t                                                                  (SPEC
-// §1)
+// RAT+'s cell: h_t = γ_t h_{t−1} + (1 − γ_t) x_t                                   (SPEC §1)
 
 #include "ratplus/recurrence/concept.hpp"
 
