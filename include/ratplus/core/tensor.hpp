@@ -2,6 +2,7 @@
 // tensor<T, Rank, Space>: contiguous memory that is owned, moved and freed. Space says where it lies (host memory here,
 // a CUDA device's in cuda.cuh) and is part of the type, so that a host pointer cannot reach a device kernel by mistake.
 
+#include <concepts>
 #include <cstddef>
 #include <new>
 #include <utility>
@@ -27,11 +28,15 @@ class tensor {
   tensor() = default;
 
   /// Uninitialised elements of the given shape; throws shape_error when an extent is negative.
-  explicit tensor(extents<Rank> shape) : shape_(shape) {
+  explicit tensor(const extents<Rank>& shape) : shape_(shape) {
     for (int i = 0; i < Rank; ++i)
       if (shape[i] < 0) throw shape_error(message("tensor: extent ", i, " is ", shape[i]));
     if (size() > 0) data_ = static_cast<T*>(Space::allocate(bytes()));
   }
+
+  template <std::convertible_to<index_t>... N>
+    requires(sizeof...(N) == Rank)
+  explicit tensor(N... shape) : tensor(extents<Rank>{{static_cast<index_t>(shape)...}}) {}
 
   tensor(tensor&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), shape_(std::exchange(other.shape_, {})) {}

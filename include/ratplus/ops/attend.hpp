@@ -15,20 +15,20 @@ namespace ratplus {
 /// Keys and values of earlier positions, in slots (pattern/residency.hpp). Sequence b has spans.first[b] of them.
 template <class KV>
 struct kv_past {
-  view<const KV, 3> k, v;           // (B, slots, d), all heads of a sequence in one pool
-  view<const head_slots, 1> heads;  // (H), each head's slots, in the context's space
+  view<const KV, 3> k = {}, v = {};      // (B, slots, d), all heads of a sequence in one pool
+  view<const head_slots, 1> heads = {};  // (H), each head's slots, in the context's space
 
   explicit operator bool() const { return static_cast<bool>(heads); }
 };
 
 template <class T, class KV = T>
 struct attend_forward_args {
-  view<const T, 4> q;             // (B, H, T, d)
-  view<const T, 4> k, v;          // (B, H, T, d), the same rows' keys and values
-  view<T, 4> out;                 // (B, H, T, d), written; must not overlap q, k, v
-  view<accumulator_t<T>, 3> lse;  // (B, H, T), written; absent: not wanted
-  kv_past<KV> past;               // absent: row 0 is position 0
-  sequence_spans spans;           // first is read only with a past
+  view<const T, 4> q = {};             // (B, H, T, d)
+  view<const T, 4> k = {}, v = {};     // (B, H, T, d), the same rows' keys and values
+  view<T, 4> out = {};                 // (B, H, T, d), written; must not overlap q, k, v
+  view<accumulator_t<T>, 3> lse = {};  // (B, H, T), written; absent: not wanted
+  kv_past<KV> past = {};               // absent: row 0 is position 0
+  sequence_spans spans = {};           // first is read only with a past
 };
 
 namespace detail {
@@ -65,11 +65,11 @@ void attend_forward(Ctx& ctx, const P& pattern, const attend_forward_args<T, KV>
 
 template <class T>
 struct attend_backward_args {
-  view<const T, 4> q, k, v;             // (B, H, T, d)
-  view<const T, 4> out, dout;           // (B, H, T, d), the forward pass's output and its gradient
-  view<const accumulator_t<T>, 3> lse;  // (B, H, T), from the forward pass
-  view<T, 4> dq, dk, dv;                // (B, H, T, d), written; dq must not overlap dout
-  sequence_spans spans;                 // only length is read
+  view<const T, 4> q = {}, k = {}, v = {};   // (B, H, T, d)
+  view<const T, 4> out = {}, dout = {};      // (B, H, T, d), the forward pass's output and its gradient
+  view<const accumulator_t<T>, 3> lse = {};  // (B, H, T), from the forward pass
+  view<T, 4> dq = {}, dk = {}, dv = {};      // (B, H, T, d), written; dq must not overlap dout
+  sequence_spans spans = {};                 // only length is read
 };
 
 /// Recomputes the probabilities from lse: p = e^{s − lse}, dS = p ⊙ (dout · v − Σ dout ⊙ out), dq = dS k / sqrt(d), …
@@ -92,10 +92,10 @@ void attend_backward(Ctx& ctx, const P& pattern, const attend_backward_args<T>& 
 
 template <class T, class KV = T>
 struct cache_append_args {
-  view<const T, 4> k, v;            // (B, H, T, d), rows at positions first[b] + t
-  view<KV, 3> k_pool, v_pool;       // (B, slots, d), written at the rows' slots
-  view<const head_slots, 1> heads;  // (H)
-  sequence_spans spans;
+  view<const T, 4> k = {}, v = {};       // (B, H, T, d), rows at positions first[b] + t
+  view<KV, 3> k_pool = {}, v_pool = {};  // (B, slots, d), written at the rows' slots
+  view<const head_slots, 1> heads = {};  // (H)
+  sequence_spans spans = {};
 };
 
 /// Stores the rows that later queries will see (sinks, anchors, the last W) and no others, converting to the cache's

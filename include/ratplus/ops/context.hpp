@@ -22,7 +22,7 @@ concept Context = requires(C& ctx) {
 /// outputs are zero and they touch no state. Absent: positions from 0, every row in use. Both (B), in the context's
 /// space.
 struct sequence_spans {
-  view<const token_t, 1> first, length;
+  view<const token_t, 1> first = {}, length = {};
 };
 
 namespace detail {

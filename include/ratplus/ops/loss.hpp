@@ -11,11 +11,11 @@ inline constexpr token_t ignored_label = -100;
 
 template <class T>
 struct cross_entropy_args {
-  view<const T, 2> logits;        // (N, V)
-  view<const token_t, 1> labels;  // (N), in [0, V) or ignored_label
-  double weight = 1;              // 1 / (number of labels that count) for a mean
-  view<double, 1> loss;           // (1), added to
-  view<T, 2> dlogits;             // (N, V), (softmax − onehot) · weight, written; may be logits; absent: not wanted
+  view<const T, 2> logits = {};        // (N, V)
+  view<const token_t, 1> labels = {};  // (N), in [0, V) or ignored_label
+  double weight = 1;                   // 1 / (number of labels that count) for a mean
+  view<double, 1> loss = {};           // (1), added to
+  view<T, 2> dlogits = {};  // (N, V), (softmax − onehot) · weight, written; may be logits; absent: not wanted
 };
 
 template <Context Ctx, class T>

@@ -9,10 +9,10 @@ namespace ratplus {
 /// (float32 gradients of bfloat16 products). Sums are float32 or better.
 template <class T, class TC = T>
 struct matmul_args {
-  view<const T, 2> a;        // (M, K), or (K, M) when transpose_a
-  view<const T, 2> b;        // (K, N), or (N, K) when transpose_b
-  view<TC, 2> c;             // (M, N), written
-  view<const TC, 2> addend;  // (M, N), absent: none; may be c itself: accumulate
+  view<const T, 2> a = {};        // (M, K), or (K, M) when transpose_a
+  view<const T, 2> b = {};        // (K, N), or (N, K) when transpose_b
+  view<TC, 2> c = {};             // (M, N), written
+  view<const TC, 2> addend = {};  // (M, N), absent: none; may be c itself: accumulate
   bool transpose_a = false;
   bool transpose_b = false;
 };

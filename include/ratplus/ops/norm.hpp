@@ -9,10 +9,10 @@ inline constexpr double rms_norm_epsilon = 1e-6;
 
 template <class T>
 struct rms_norm_forward_args {
-  view<const T, 2> x;              // (N, d)
-  view<const T, 1> weight;         // (d)
-  view<T, 2> y;                    // (N, d), written; may be x
-  view<accumulator_t<T>, 1> rstd;  // (N), written; absent: not wanted
+  view<const T, 2> x = {};              // (N, d)
+  view<const T, 1> weight = {};         // (d)
+  view<T, 2> y = {};                    // (N, d), written; may be x
+  view<accumulator_t<T>, 1> rstd = {};  // (N), written; absent: not wanted
 };
 
 template <Context Ctx, class T>
@@ -26,12 +26,12 @@ void rms_norm_forward(Ctx& ctx, const rms_norm_forward_args<T>& p) {
 
 template <class T>
 struct rms_norm_backward_args {
-  view<const T, 2> x;                    // (N, d)
-  view<const T, 1> weight;               // (d)
-  view<const accumulator_t<T>, 1> rstd;  // (N), from the forward pass
-  view<const T, 2> dy;                   // (N, d)
-  view<T, 2> dx;                         // (N, d), added to
-  view<accumulator_t<T>, 1> dweight;     // (d), added to
+  view<const T, 2> x = {};                    // (N, d)
+  view<const T, 1> weight = {};               // (d)
+  view<const accumulator_t<T>, 1> rstd = {};  // (N), from the forward pass
+  view<const T, 2> dy = {};                   // (N, d)
+  view<T, 2> dx = {};                         // (N, d), added to
+  view<accumulator_t<T>, 1> dweight = {};     // (d), added to
 };
 
 template <Context Ctx, class T>

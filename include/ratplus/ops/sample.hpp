@@ -39,9 +39,9 @@ RATPLUS_HD inline double uniform(std::uint64_t seed, std::uint64_t sequence, std
 
 template <class T>
 struct sample_args {
-  view<const T, 2> logits;          // (B, V)
-  view<const token_t, 1> position;  // (B), of the token being chosen
-  view<token_t, 1> token;           // (B), written
+  view<const T, 2> logits = {};          // (B, V)
+  view<const token_t, 1> position = {};  // (B), of the token being chosen
+  view<token_t, 1> token = {};           // (B), written
 };
 
 template <Context Ctx, class T>

@@ -15,14 +15,15 @@ namespace ratplus {
 template <class T>
 struct scan_forward_args {
   using A = accumulator_t<T>;
-  view<const T, 4> q, k, v;           // (B, H, T, d), each absent or given
-  view<const T, 4> gate;              // (B, H, T, d), pre-activation; given when the cell is gated and k or v is
-  view<T, 4> q_out, k_out, v_out;     // (B, H, T, d), written where the stream is given; may be the input itself
-  view<const A, 2> rope;              // (≥ every position + 1, d) of make_rope_table; absent: no rotation
-  view<const A, 3> k_first, v_first;  // (B, H, d), state before row 0; absent: 0
-  view<A, 3> k_last,
-      v_last;  // (B, H, d), state after the last row, written; absent: not wanted; may be k_first, v_first
-  sequence_spans spans;
+  view<const T, 4> q = {}, k = {}, v = {};  // (B, H, T, d), each absent or given
+  view<const T, 4> gate = {};               // (B, H, T, d), pre-activation; given when the cell is gated and k or v is
+  view<T, 4> q_out = {}, k_out = {},
+             v_out = {};       // (B, H, T, d), written where the stream is given; may be the input itself
+  view<const A, 2> rope = {};  // (≥ every position + 1, d) of make_rope_table; absent: no rotation
+  view<const A, 3> k_first = {}, v_first = {};  // (B, H, d), state before row 0; absent: 0
+  view<A, 3> k_last = {},
+             v_last = {};  // (B, H, d), state after the last row, written; absent: not wanted; may be k_first, v_first
+  sequence_spans spans = {};
 };
 
 /// States are carried in accumulator_t<T>, before rotation.
@@ -58,15 +59,16 @@ void scan_forward(Ctx& ctx, const C& cell, const scan_forward_args<T>& p) {
 template <class T>
 struct scan_backward_args {
   using A = accumulator_t<T>;
-  view<const T, 4> k, v, gate;              // (B, H, T, d), the inputs of the forward pass
-  view<const T, 4> k_out, v_out;            // (B, H, T, d), its outputs (k_out rotated): the states are read from them
-  view<const T, 4> dq_out, dk_out, dv_out;  // (B, H, T, d), gradients of the outputs; each absent with its stream
-  view<const A, 2> rope;                    // as in the forward pass
-  view<const A, 3> k_first, v_first;        // (B, H, d), as in the forward pass
-  view<const A, 3> dk_last, dv_last;        // (B, H, d), gradients of the last states; absent: 0
-  view<T, 4> dq, dk, dv, dgate;             // (B, H, T, d), written; dq, dk, dv may be dq_out, dk_out, dv_out
-  view<A, 3> dk_first, dv_first;            // (B, H, d), written; absent: not wanted
-  sequence_spans spans;
+  view<const T, 4> k = {}, v = {}, gate = {};  // (B, H, T, d), the inputs of the forward pass
+  view<const T, 4> k_out = {}, v_out = {};  // (B, H, T, d), its outputs (k_out rotated): the states are read from them
+  view<const T, 4> dq_out = {}, dk_out = {},
+                   dv_out = {};                 // (B, H, T, d), gradients of the outputs; each absent with its stream
+  view<const A, 2> rope = {};                   // as in the forward pass
+  view<const A, 3> k_first = {}, v_first = {};  // (B, H, d), as in the forward pass
+  view<const A, 3> dk_last = {}, dv_last = {};  // (B, H, d), gradients of the last states; absent: 0
+  view<T, 4> dq = {}, dk = {}, dv = {}, dgate = {};  // (B, H, T, d), written; dq, dk, dv may be dq_out, dk_out, dv_out
+  view<A, 3> dk_first = {}, dv_first = {};           // (B, H, d), written; absent: not wanted
+  sequence_spans spans = {};
 };
 
 template <Context Ctx, class C, class T>

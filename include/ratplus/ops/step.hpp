@@ -14,9 +14,9 @@ struct adamw_coefficients {
 
 template <class T>
 struct adamw_args {
-  view<T, 1> parameter;   // (N), updated
-  view<const T, 1> grad;  // (N)
-  view<T, 1> m, v;        // (N), moments, updated
+  view<T, 1> parameter = {};   // (N), updated
+  view<const T, 1> grad = {};  // (N)
+  view<T, 1> m = {}, v = {};   // (N), moments, updated
 };
 
 /// p −= lr · decay · p; m = β₁m + (1 − β₁)g; v = β₂v + (1 − β₂)g²; p −= lr · (m / (1 − β₁^step)) / (sqrt(v / (1 −
