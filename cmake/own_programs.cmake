@@ -12,6 +12,7 @@ if(RATPLUS_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
 endif()
 
 add_library(ratplus_own INTERFACE)
+target_compile_features(ratplus_own INTERFACE cxx_std_20)
 set(cxx $<COMPILE_LANGUAGE:CXX>)
 target_compile_options(ratplus_own INTERFACE $<${cxx}:-Wall;-Wextra;-Wconversion;-Wshadow;-Werror>)
 if(RATPLUS_NATIVE)
@@ -22,12 +23,15 @@ if(RATPLUS_SANITIZE)
   target_compile_options(ratplus_own INTERFACE
     $<${cxx}:-fsanitize=${sanitize};-fno-sanitize-recover=all;-fno-omit-frame-pointer;-D_GLIBCXX_ASSERTIONS>)
   target_link_options(ratplus_own INTERFACE -fsanitize=${sanitize})
+  # g++ with -fsanitize=address suspects std::function and Eigen of reading uninitialised members.
+  target_compile_options(ratplus_own INTERFACE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>)
 endif()
 
 if(RATPLUS_CUDA)
   # --extended-lambda is not used; relaxed constexpr is: host constexpr arithmetic (patterns) runs in kernels as it is.
   target_compile_options(ratplus_own INTERFACE
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-lineinfo;-Xcompiler=-Wall,-Wextra;-Werror=all-warnings>)
+  add_custom_target(cuda_programs)  # every .cu: tests, benchmarks, examples
   # Each .cu's compile time is printed after its line.
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E time)
 endif()

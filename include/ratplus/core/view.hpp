@@ -58,7 +58,9 @@ class view {
   RATPLUS_HD constexpr view(T* data, extents<Rank> shape, extents<Rank> stride)
       : data_(data), shape_(shape), stride_(stride) {}
 
-  RATPLUS_HD constexpr operator view<const T, Rank>() const requires(!std::is_const_v<T>) {
+  // A template, because nvcc warns of a conversion to itself in view<const T>.
+  template <class U>
+  requires(std::is_same_v<U, T> && !std::is_const_v<T>) RATPLUS_HD constexpr operator view<const U, Rank>() const {
     return {data_, shape_, stride_};
   }
 
