@@ -268,7 +268,7 @@ TEST_CASE("safetensors: the writer refuses what the format cannot hold") {
 TEST_CASE("safetensors: data may start at any byte") {
   const scratch_folder folder;
   const std::string path = folder / "unaligned";
-  // header of 9 + … bytes: the floats lie at odd addresses whatever the mapping
+  // 8 bytes of length, 164 of header, 3 of `b`: the floats lie at byte 175 of a mapping that starts on a page
   write_file(path, file_bytes(R"({"b":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},)"
                               R"("x":{"dtype":"F32","shape":[2],"data_offsets":[3,11]},)"
                               R"("y":{"dtype":"F64","shape":[],"data_offsets":[11,19]}}   )",
@@ -277,15 +277,8 @@ TEST_CASE("safetensors: data may start at any byte") {
   CHECK(file.read_flat<float>("x") == std::vector<float>{1.5f, -3.25f});
   CHECK(file.read_flat<double>("y") == std::vector<double>{0.1});
   CHECK(file.read_flat<token_t>("b") == std::vector<token_t>{'a', 'b', 'c'});
-  int unaligned = 0;  // of two tensors of different alignment at least one is
-  try {
-    (void)file.view<float, 1>("x");
-  } catch (const format_error& e) {
-    CHECK_THAT(e.what(), contains("not aligned for F32"));
-    ++unaligned;
-  }
-  const auto address = reinterpret_cast<std::uintptr_t>(file.view<std::uint8_t, 1>("b").data());
-  CHECK(unaligned == ((address + 3) % 4 != 0 ? 1 : 0));
+  CHECK_THAT(message_of<format_error>([&] { (void)file.view<float, 1>("x"); }),
+             contains("'x': data at byte 3 is not aligned"));
 }
 
 TEST_CASE("safetensors: a header that lies is an error that says where") {
