@@ -26,6 +26,7 @@ function(folder_of header result)
   set(${result} "${folder}" PARENT_SCOPE)
 endfunction()
 
+file(REAL_PATH "${INCLUDE_DIR}" INCLUDE_DIR)
 set(errors "")
 file(GLOB_RECURSE headers RELATIVE "${INCLUDE_DIR}/ratplus" "${INCLUDE_DIR}/ratplus/*.hpp" "${INCLUDE_DIR}/ratplus/*.cuh")
 foreach(header IN LISTS headers)
