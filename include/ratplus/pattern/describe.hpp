@@ -29,8 +29,8 @@ template <Pattern P>
     const key_runs runs = pattern.keys(q);
     for (int r = 0; r < key_runs::count; ++r)
       for (index_t i = 0; i < runs[r].count(); ++i) line[static_cast<std::size_t>(runs[r][i])] = marks[r];
-    for (index_t k = 0; k < T; ++k) text += (k == 0 ? "" : " ") + std::string(line[static_cast<std::size_t>(k)]);
-    text += "\n";
+    for (const char* mark : line) text.append(mark).append(" ");
+    text.back() = '\n';
   }
   return text;
 }
@@ -39,10 +39,13 @@ namespace detail {
 
 /// 13 201 408
 [[nodiscard]] inline std::string in_thousands(index_t n) {
-  std::string digits = std::to_string(n);
-  for (auto at = static_cast<index_t>(digits.size()) - 3; at > 0; at -= 3)
-    digits.insert(static_cast<std::size_t>(at), " ");
-  return digits;
+  const std::string digits = std::to_string(n);
+  std::string text;
+  for (std::size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) text += ' ';
+    text += digits[i];
+  }
+  return text;
 }
 
 /// 1.25 G with base 1000, 1.16 Gi with base 1024.

@@ -23,7 +23,7 @@ namespace detail {
 /// Parses a text, all of which every message quotes.
 class pattern_parser {
  public:
-  explicit pattern_parser(std::string_view text) : where_("pattern " + excerpt(text)), text_(text) {
+  explicit pattern_parser(std::string_view text) : where_(message("pattern ", excerpt(text))), text_(text) {
     if (text.empty()) fail("nothing is written, ", expected);
     if (text.find_first_of(" \t\r\n") != std::string_view::npos) fail("spaces are not allowed");
   }
@@ -127,7 +127,7 @@ template <SparsePattern P>
   if (p.groups() == 1) return p.visit_group(0, [](const any_sparse& all) { return to_string(all); });
   std::string text;
   for (index_t g = 0; g < p.groups(); ++g)
-    text += (g == 0 ? "[" : "|") + p.visit_group(g, [](const any_sparse& group) { return to_string(group); });
+    text.append(g == 0 ? "[" : "|").append(p.visit_group(g, [](const any_sparse& group) { return to_string(group); }));
   return text + "]";
 }
 
@@ -138,7 +138,7 @@ template <class... Ps>
 
 [[nodiscard]] inline std::string to_string(const any_schedule& s) {
   std::string text;
-  for (index_t i = 0; i < s.layers(); ++i) text += (i == 0 ? "" : ",") + to_string(s.layer(i));
+  for (index_t i = 0; i < s.layers(); ++i) text.append(i == 0 ? "" : ",").append(to_string(s.layer(i)));
   return text;
 }
 

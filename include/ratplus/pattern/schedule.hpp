@@ -45,8 +45,8 @@ class any_by_head {
   explicit any_by_head(std::vector<any_sparse> groups) : patterns_(std::move(groups)) {
     if (patterns_.empty()) throw value_error("by_head: no patterns given");
   }
-  template <SparsePattern... Ps>
-  any_by_head(const by_head<Ps...>& p)
+  template <SparsePattern P, SparsePattern... Ps>
+  any_by_head(const by_head<P, Ps...>& p)
       : patterns_(
             std::apply([](const auto&... each) { return std::vector<any_sparse>{any_sparse(each)...}; }, p.patterns)) {}
   template <auto D, index_t W, index_t S>
@@ -122,8 +122,8 @@ class any_schedule {
   explicit any_schedule(std::vector<any_by_head> layers) : layers_(std::move(layers)) {
     if (layers_.empty()) throw value_error("schedule: no layers given");
   }
-  template <class... Ps>
-  any_schedule(const by_layer<Ps...>& s)
+  template <class P, class... Ps>
+  any_schedule(const by_layer<P, Ps...>& s)
       : layers_(
             std::apply([](const auto&... each) { return std::vector<any_by_head>{any_by_head(each)...}; }, s.layers)) {}
 
