@@ -1,0 +1,94 @@
+"""The shapes of bench/attend.cu through PyTorch: scaled_dot_product_attention with cuDNN and with flash, and
+FlexAttention for the sparse patterns. One line each: pattern, B, H, T, d, milliseconds, TFLOP/s of visited keys,
+forward and backward apart.
+
+    python3 bench/peers/attention_cuda.py [--flex] [--flash] [--tokens 262144]
+"""
+
+import argparse
+import statistics
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def milliseconds(f, repeats=5):
+    f()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        f()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def keys_visited(pattern, T):
+    """Sum over queries of the number of keys seen, under dilation D and window W."""
+    D, W = pattern
+    window = sum(min(t, W) + 1 for t in range(T))
+    return window if D is None else window + sum(max(t - W, 0) // D for t in range(T))
+
+
+def report(name, pattern, shape, forward, backward):
+    B, H, T, d = shape
+    flops = 4 * d * B * H * keys_visited(pattern, T)
+    print(f"{name:28s} B{B} H{H} T{T} d{d}  forward {forward:9.3f} ms {flops / forward * 1e-9:7.1f} TFLOP/s"
+          f"  backward {backward:9.3f} ms {2.5 * flops / backward * 1e-9:7.1f} TFLOP/s", flush=True)
+
+
+def measure(name, pattern, shape, attend):
+    B, H, T, d = shape
+    q, k, v = (torch.randn(B, T, H, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        forward = milliseconds(lambda: attend(q, k, v))
+    out = attend(q, k, v)
+    dout = torch.randn_like(out)
+    backward = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), 3)
+    report(name, pattern, shape, forward, backward)
+
+
+def sdpa(backend):
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attend
+
+
+def flex(D, W, T):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(b, h, q, k):
+        near = q - k <= W
+        return (k <= q) & (near | ((k + 1) % D == 0) if D else near)
+
+    mask = create_block_mask(sees, None, None, T, T, device="cuda")
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def main():
+    options = argparse.ArgumentParser()
+    options.add_argument("--tokens", type=int, default=262144)
+    options.add_argument("--heads", type=int, default=32)
+    options.add_argument("--head-size", type=int, default=128)
+    options.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 262144])
+    options.add_argument("--flash", action="store_true")
+    options.add_argument("--flex", action="store_true")
+    args = options.parse_args()
+    for T in args.lengths:
+        shape = (max(args.tokens // T, 1), args.heads, T, args.head_size)
+        measure("cudnn dense", (1, 0), shape, sdpa(SDPBackend.CUDNN_ATTENTION))
+        if args.flash:
+            measure("flash dense", (1, 0), shape, sdpa(SDPBackend.FLASH_ATTENTION))
+        if args.flex and T <= 32768:
+            for name, D, W in (("dilated:16", 16, 0), ("dilated:64", 64, 0), ("dilated:16+local:256", 16, 256)):
+                measure(f"flex {name}", (D, W), shape, flex(D, W, T))
+
+
+if __name__ == "__main__":
+    main()

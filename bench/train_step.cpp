@@ -1,0 +1,113 @@
+// One joint training iteration (sparse half, then dense half, SPEC §5) of the demo's model and of one with d = 512, 8
+// layers, T = 1024, in float32. Checked first: the loss and the gradients of the CPU backend against the reference's on
+// a small model. Printed: tokens of text per second, the matrix products' share of the FMA ceiling ("floor" counts
+// every product and every visited key once, at the measured peak), and the resident memory. Peer:
+// bench/peers/train_step_cpu.py.
+
+#include <benchmark/benchmark.h>
+#include <sys/resource.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "machine.hpp"
+#include "ratplus/ratplus.hpp"
+
+using namespace ratplus;
+
+namespace {
+
+struct size {
+  const char* name;
+  index_t d, layers, heads, T, batch;
+};
+constexpr size sizes[] = {{"demo", 128, 4, 4, 256, 16}, {"mid", 512, 8, 8, 1024, 4}};
+constexpr index_t vocabulary = 256;
+
+model_config config_of(const size& s) {
+  return {.vocab_size = vocabulary,
+          .d_model = s.d,
+          .num_heads = s.heads,
+          .num_layers = s.layers,
+          .d_ffn = 4 * s.d,
+          .max_seq_len = s.T};
+}
+
+std::vector<token_t> random_tokens(index_t n, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::uniform_int_distribution<token_t> any(0, vocabulary - 1);
+  std::vector<token_t> ids(static_cast<std::size_t>(n));
+  for (token_t& id : ids) id = any(engine);
+  return ids;
+}
+
+/// Multiply-adds × 2 of one iteration: three products per weight and token (forward, two gradients), attention forward
+/// (4) and backward (10) per channel and visited key; sparse and dense half.
+double flops_of_iteration(const size& s) {
+  const auto tokens = static_cast<double>(s.batch * s.T);
+  const auto weights = static_cast<double>(s.layers * (5 + 1 + 8) * s.d * s.d + vocabulary * s.d);
+  const auto visited = static_cast<double>(keys_visited(dilated<16>{}, s.T) + keys_visited(dense{}, s.T));
+  return 2 * 6 * weights * tokens + 14 * static_cast<double>(s.layers * s.batch * s.d) * visited;
+}
+
+void check() {
+  const size small{"check", 32, 2, 2, 48, 2};
+  const auto tokens = random_tokens(96, 1), labels = random_tokens(96, 2);
+  const token_batch batch{as_view(tokens.data(), 2, 48), as_view(labels.data(), 2, 48)};
+  cpu::context cpu;
+  reference::context reference;
+  const auto run = [&](auto& ctx) {
+    language_model<gated_average> model(ctx, config_of(small));
+    model.initialise(ctx, 3);
+    auto g = model.make_gradients(ctx);
+    (void)model.loss_and_gradients(ctx, dilated<16>{}, batch, g.view());
+    return g;
+  };
+  const auto a = run(cpu), b = run(reference);
+  double difference = 0, norm = 0;
+  for (index_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(a.data()[i] - b.data()[i], 2);
+    norm += std::pow(b.data()[i], 2);
+  }
+  if (!(std::sqrt(difference / norm) <= 1e-5)) {
+    std::fprintf(stderr, "train_step: gradients differ from the reference by %g\n", std::sqrt(difference / norm));
+    std::exit(1);
+  }
+}
+
+void joint_iteration(benchmark::State& state, const size& s, int threads) {
+  cpu::context cpu(threads);
+  language_model<gated_average> model(cpu, config_of(s));
+  model.initialise(cpu, 1);
+  training trainer(cpu, model);
+  const auto tokens = random_tokens(s.batch * s.T, 4), labels = random_tokens(s.batch * s.T, 5);
+  const token_batch batch{as_view(tokens.data(), s.batch, s.T), as_view(labels.data(), s.batch, s.T)};
+  for (auto _ : state) benchmark::DoNotOptimize(trainer.joint_step(cpu, dilated<16>{}, std::span(&batch, 1), 1e-3));
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  using benchmark::Counter;
+  const double floor = flops_of_iteration(s) / (bench::fma_peak(threads));
+  state.counters["tokens/s"] = Counter(static_cast<double>(s.batch * s.T), Counter::kIsIterationInvariantRate);
+  state.counters["GFLOP/s"] = Counter(flops_of_iteration(s) * 1e-9, Counter::kIsIterationInvariantRate);
+  state.counters["floor_ms"] = 1e3 * floor;
+  state.counters["peak_MiB"] = static_cast<double>(usage.ru_maxrss) / 1024;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  check();
+  for (const size& s : sizes)
+    for (const int threads : {1, 2})
+      benchmark::RegisterBenchmark(
+          ("joint_step/" + std::string(s.name) + "/threads:" + std::to_string(threads)).c_str(), joint_iteration, s,
+          threads)
+          ->Unit(benchmark::kMillisecond)
+          ->UseRealTime()
+          ->MinTime(2.0);
+  benchmark::Initialize(&argc, argv);
+  benchmark::RunSpecifiedBenchmarks();
+}
