@@ -12,7 +12,7 @@
 #include "ratplus/io/atomic.hpp"
 #include "ratplus/io/detail/json.hpp"
 #include "ratplus/io/mapped_file.hpp"
-#include "ratplus/model/config.hpp"
+#include "ratplus/nn/config.hpp"
 
 namespace ratplus::io {
 

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "ratplus/model/config.hpp"
+#include "ratplus/nn/config.hpp"
 #include "ratplus/nn/mixer.hpp"
 
 namespace ratplus {

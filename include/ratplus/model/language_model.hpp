@@ -12,8 +12,8 @@
 #include <random>
 #include <vector>
 
-#include "ratplus/model/config.hpp"
 #include "ratplus/model/kv_cache.hpp"
+#include "ratplus/nn/config.hpp"
 #include "ratplus/nn/feed_forward.hpp"
 #include "ratplus/nn/mixer.hpp"
 #include "ratplus/ops/embed.hpp"

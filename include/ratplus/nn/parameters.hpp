@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "ratplus/core/tensor.hpp"
-#include "ratplus/model/config.hpp"
+#include "ratplus/nn/config.hpp"
 
 namespace ratplus {
 
