@@ -75,7 +75,7 @@ fi
 build release all && test release
 
 if [[ ${1:-} != quick ]]; then
-  build clang examples ratplus_trainer && test clang -R '^headers/'
+  build clang examples ratplus_trainer && test clang -L header
   build debug unit_tests && test debug -L 'unit|sanitizer'
   build tsan openmp_tests && test tsan -L 'openmp|sanitizer'
   export PATH=$PATH:/usr/local/cuda/bin
@@ -84,7 +84,7 @@ if [[ ${1:-} != quick ]]; then
   elif [[ -z $(find tests bench examples -name '*.cu') ]]; then
     skip cuda "no .cu files"
   else
-    build cuda cuda_programs && test cuda -L gpu
+    build cuda cuda_programs && test cuda -L cuda
   fi
 fi
 
