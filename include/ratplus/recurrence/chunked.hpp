@@ -6,8 +6,10 @@
 
 namespace ratplus {
 
-template <Cell Inner = gated_average>
+template <class Inner = gated_average>
 class chunked {
+  static_assert((require_cell<Inner>(), true));
+
  public:
   static constexpr bool gated = Inner::gated;
 

@@ -1,0 +1,16 @@
+// expect: it lacks `S step(S h, S x, S g, index_t t) const`
+// expect: Read ratplus/recurrence/concept.hpp
+#include "ratplus/backend/reference/scan.hpp"
+
+struct sum {
+  static constexpr bool gated = false;
+  template <class S>
+  ratplus::cell_gradient<S> adjoint(S, S, S, ratplus::index_t, S dh) const {
+    return {dh, dh, S(0)};
+  }
+};
+
+int main() {
+  ratplus::reference::context ctx;
+  ratplus::scan_forward(ctx, sum{}, ratplus::scan_forward_args<float>{});
+}
