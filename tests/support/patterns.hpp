@@ -13,6 +13,8 @@
 
 namespace ratplus_tests {
 
+using ratplus::sigmoid;  // for scalars; a backend's packs bring their own
+
 /// Whether head h's query t sees key s.
 using predicate = std::function<bool(index_t h, index_t t, index_t s)>;
 

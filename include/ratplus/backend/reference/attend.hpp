@@ -127,8 +127,8 @@ void cache_append_on(context&, const cache_append_args<T, KV>& p) {
         for (const index_t slot : homes.slot) {
           if (slot < 0) continue;
           for (index_t i = 0; i < d; ++i) {
-            p.k_pool(b, head.offset + slot, i) = static_cast<KV>(wide(p.k(b, h, t, i)));
-            p.v_pool(b, head.offset + slot, i) = static_cast<KV>(wide(p.v(b, h, t, i)));
+            p.k_pool(b, head.offset + slot, i) = static_cast<KV>(static_cast<accumulator_t<KV>>(wide(p.k(b, h, t, i))));
+            p.v_pool(b, head.offset + slot, i) = static_cast<KV>(static_cast<accumulator_t<KV>>(wide(p.v(b, h, t, i))));
           }
         }
       }

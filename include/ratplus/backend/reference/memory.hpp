@@ -15,7 +15,7 @@ template <class From, class To, int Rank>
 void copy_on(context& ctx, view<const From, Rank> x, view<To, Rank> y) {
   for (index_t i = 0; i < x.extent(0); ++i) {
     if constexpr (Rank == 1)
-      y[i] = static_cast<To>(wide(x[i]));
+      y[i] = static_cast<To>(static_cast<accumulator_t<To>>(wide(x[i])));  // bfloat16 is made of floats alone
     else
       copy_on(ctx, x[i], y[i]);
   }

@@ -11,9 +11,10 @@ void rms_norm_forward_on(context&, const rms_norm_forward_args<T>& p) {
   using A = accumulator_t<T>;
   const index_t N = p.x.extent(0), d = p.x.extent(1);
   for (index_t n = 0; n < N; ++n) {
-    A squares = 0;
-    for (index_t i = 0; i < d; ++i) squares += wide(p.x(n, i)) * wide(p.x(n, i));
-    const A rstd = A(1) / std::sqrt(squares / static_cast<A>(d) + static_cast<A>(rms_norm_epsilon));
+    double squares = 0;  // one after the other in float32, thousands of positive terms would lose two digits
+    for (index_t i = 0; i < d; ++i)
+      squares += static_cast<double>(wide(p.x(n, i))) * static_cast<double>(wide(p.x(n, i)));
+    const A rstd = static_cast<A>(1 / std::sqrt(squares / static_cast<double>(d) + rms_norm_epsilon));
     for (index_t i = 0; i < d; ++i) p.y(n, i) = static_cast<T>(wide(p.x(n, i)) * rstd * wide(p.weight[i]));
     if (p.rstd) p.rstd[n] = rstd;
   }
