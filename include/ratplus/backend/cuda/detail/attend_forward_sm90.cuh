@@ -1,0 +1,323 @@
+#pragma once
+// Attention forward on Hopper, bfloat16, for heads of up to 128 channels:
+//
+//     S = q kᵀ     P = e^{S/√d − m}     out = P v / Σ P     with running maxima m (softmax in one pass over the keys)
+//
+// One thread block per multiprocessor works through tiles of 128 queries. Its first warp group copies: it works out
+// which keys each query of the next tile sees, and feeds tiles of 128 keys and values into a ring. A run of every D-th
+// key is a tensor map whose row stride is D rows, so that sparse and dense tiles are the same to everything that
+// follows. Two warp groups compute, 64 queries each: scores of one key tile are multiplied while the values of the tile
+// before are, and one group's exponentials overlap the other's products, because the two issue theirs in turns. Only
+// tiles that some row sees in part are masked, by the two bounds of each row.
+
+#include "ratplus/backend/cuda/detail/attend_tiles.cuh"
+
+namespace ratplus::cuda::detail {
+
+template <class Heads>
+struct forward_job {
+  CUtensorMap q, out;
+  lattices keys;
+  Heads patterns;
+  attend_shape shape;
+  tile_order order;
+  view<float, 3> lse;  // (B, H, T), absent: not wanted
+};
+
+template <int D>
+struct forward_memory {
+  static constexpr int tile = tile_rows * D * 2;  // bytes of 128 rows
+  static constexpr int stages = D == 128 ? 2 : 4;
+  static constexpr int q = 0, k = 2 * tile, v = k + stages * tile, bounds = v + stages * tile;
+  static constexpr int bytes = bounds + 2 * static_cast<int>(sizeof(row_bounds)) + 1024;  // 1024: alignment
+};
+
+template <int Stages>
+struct forward_barriers {
+  hopper::barrier q_full[2], q_empty[2], k_full[Stages], k_empty[Stages], v_full[Stages], v_empty[Stages];
+};
+
+/// Softmax of two rows of a 64-row fragment, in one pass over the keys.
+struct running_softmax {
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // sum: of this thread's columns
+
+  /// Replaces scores s by e^{scale s − max}, given log2(e) · scale; returns by how much what was summed before shrinks.
+  template <int N>
+  __device__ void add(float (&s)[N], float scale, float (&shrink)[2]) {
+    float top[2] = {max[0], max[1]}, shift[2];
+#pragma unroll
+    for (int i = 0; i < N; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s[i]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
+      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+      shift[h] = top[h] == -INFINITY ? 0.0f : top[h] * scale;  // no key seen yet
+      shrink[h] = hopper::exp2_fast(max[h] * scale - shift[h]);
+      max[h] = top[h];
+      sum[h] *= shrink[h];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      s[i] = hopper::exp2_fast(s[i] * scale - shift[(i >> 1) & 1]);
+      sum[(i >> 1) & 1] += s[i];
+    }
+  }
+
+  /// The sums of whole rows.
+  __device__ void finish() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+    }
+  }
+};
+
+/// Sets to −∞ the scores of columns that a row does not see. Column j of the tile is lattice index start + j.
+template <int N>
+__device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[tile_rows], int row, int start,
+                                    int lane) {
+  const int column = start + 2 * (lane & 3);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const lattice_range seen = rows[row + 8 * h];
+    const auto width = static_cast<unsigned>(seen.end - seen.begin);
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (static_cast<unsigned>(column + 8 * j + e - seen.begin) >= width) s[4 * j + 2 * h + e] = -INFINITY;
+  }
+}
+
+template <int D, class Heads>
+__global__ __launch_bounds__(3 * hopper::group_threads,
+                             1) void attend_forward_sm90(const __grid_constant__ forward_job<Heads> job) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using namespace hopper;
+  using memory = forward_memory<D>;
+  constexpr int stages = memory::stages, panel_bytes = tile_rows * row_bytes;
+  __shared__ forward_barriers<stages> bar;
+  char* const base = shared_tiles();
+  auto* const bounds = reinterpret_cast<row_bounds*>(base + memory::bounds);
+  const attend_shape& shape = job.shape;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      bar.q_full[i].init(1);
+      bar.q_empty[i].init(2);
+    }
+    for (int i = 0; i < stages; ++i) {
+      bar.k_full[i].init(1);
+      bar.v_full[i].init(1);
+      bar.k_empty[i].init(8);
+      bar.v_empty[i].init(8);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+
+  const int group = static_cast<int>(threadIdx.x) / group_threads - 1;  // −1 copies
+  const int thread = static_cast<int>(threadIdx.x) % group_threads;
+  ring_place<2> tile;
+  ring_place<stages> kv;
+
+  if (group < 0) {
+    give_registers<40>();
+    for (int i = static_cast<int>(blockIdx.x); i < job.order.count();
+         i += static_cast<int>(gridDim.x), tile.advance()) {
+      const auto [number, head_of_all] = job.order[i];
+      const int b = head_of_all / shape.H, h = head_of_all % shape.H;
+      const int used = shape.rows_in_use(b), t0 = number * tile_rows;
+      bar.q_empty[tile.stage].wait(tile.parity ^ 1);
+      // Rows beyond the last see what it sees: their results are dropped, and the bounds still never fall.
+      row_bounds& rows = bounds[tile.stage];
+      key_runs runs;
+      job.patterns.visit(h, [&](const auto& pattern) { runs = pattern.keys(max(min(t0 + thread, used - 1), 0)); });
+#pragma unroll
+      for (int r = 0; r < key_runs::count; ++r) {
+        if (thread == 0) rows.lattice[r] = job.keys.find(runs[r]);
+        rows.at[r][thread] = t0 < used ? on_lattice(runs[r]) : lattice_range{0, 0};
+      }
+      sync_threads(1, group_threads);
+      if (thread == 0) {
+        bar.q_full[tile.stage].arrive_expecting(memory::tile);
+        for (int c = 0; c < D; c += panel_channels)
+          load_panel(base + memory::q + tile.stage * memory::tile + c * tile_rows * 2, job.q, bar.q_full[tile.stage], c,
+                     t0, h, b);
+        for (tile_walk walk; walk.next(rows); kv.advance()) {
+          const auto load = [&](barrier& empty, barrier& full, const CUtensorMap& map, int at) {
+            empty.wait(kv.parity ^ 1);
+            full.arrive_expecting(memory::tile);
+            for (int c = 0; c < D; c += panel_channels)
+              load_panel(base + at + kv.stage * memory::tile + c * tile_rows * 2, map, full, c, walk.start, h, b);
+          };
+          const lattice& from = job.keys.at[rows.lattice[walk.run]];
+          load(bar.k_empty[kv.stage], bar.k_full[kv.stage], from.k, memory::k);
+          load(bar.v_empty[kv.stage], bar.v_full[kv.stage], from.v, memory::v);
+        }
+      }
+      __syncwarp();
+    }
+  } else {
+    take_registers<232>();
+    const int lane = thread % 32, first_row = 64 * group + thread / 32 * 16;  // of this warp's 16
+    const int row = first_row + lane / 4;
+    const float scale = shape.scale * log2_e;
+    const int turn = 2 + group, other_turn = 3 - group, group_id = 4 + group;  // named barriers
+    if (group == 1) arrive_threads(other_turn, 2 * group_threads);
+
+    for (int i = static_cast<int>(blockIdx.x); i < job.order.count();
+         i += static_cast<int>(gridDim.x), tile.advance()) {
+      const auto [number, head_of_all] = job.order[i];
+      const int b = head_of_all / shape.H, h = head_of_all % shape.H;
+      const int used = shape.rows_in_use(b), t0 = number * tile_rows;
+      char* const q = base + memory::q + tile.stage * memory::tile;
+      const std::uint64_t q_rows = operand(q + 64 * group * row_bytes);
+      const row_bounds& rows = bounds[tile.stage];
+      float out[D / 2], s[64];
+      std::uint32_t p[8][4];
+      running_softmax softmax;
+
+      const auto multiply_keys = [&](int stage) {
+        const std::uint64_t k_rows = operand(base + memory::k + stage * memory::tile);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < D / 16; ++c) {
+          const int at = c / 4 * panel_bytes + c % 4 * 32;
+          product(s, advanced(q_rows, at), advanced(k_rows, at), c > 0);
+        }
+        wgmma_commit();
+      };
+      const auto multiply_values = [&](int stage, bool accumulate) {
+        const std::uint64_t v_rows = operand(base + memory::v + stage * memory::tile, panel_bytes);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < 8; ++c) product<true>(out, p[c], advanced(v_rows, c * 16 * row_bytes), accumulate || c > 0);
+        wgmma_commit();
+      };
+      const auto release = [&](barrier& empty) {
+        if (lane == 0) empty.arrive();
+      };
+      const auto take_scores = [&](const tile_walk& walk, float(&shrink)[2]) {
+        const auto& seen = rows.at[walk.run];
+        // Seen by all of the group's rows when the last begins before the tile and the first ends behind it.
+        if (seen[64 * group + 63].begin > walk.start || seen[64 * group].end < walk.start + tile_rows)
+          mask_columns(s, seen, row, walk.start, lane);
+        softmax.add(s, scale, shrink);
+      };
+      const auto pack = [&] {
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) p[c][j] = packed(s[8 * c + 2 * j], s[8 * c + 2 * j + 1]);
+      };
+      const auto wait_values = [&](const tile_walk& walk, int stage, int parity) {
+        bar.v_full[stage].wait(parity);
+        const int end = rows.at[walk.run][tile_rows - 1].end - walk.start;
+        if (shape.length && end < tile_rows)
+          zero_rows<D, tile_rows>(base + memory::v + stage * memory::tile, end, thread, group_id);
+      };
+
+      bar.q_full[tile.stage].wait(tile.parity);
+      tile_walk walk;
+      const bool any = walk.next(rows);
+      if (any) {
+        float shrink[2];
+        bar.k_full[kv.stage].wait(kv.parity);
+        multiply_keys(kv.stage);
+        wgmma_wait<0>();
+        pin(s);
+        release(bar.k_empty[kv.stage]);
+        take_scores(walk, shrink);
+        pack();
+        bool accumulate = false;
+        ring_place<stages> values = kv;
+        tile_walk values_walk = walk;
+        for (kv.advance(); walk.next(rows); kv.advance()) {
+          bar.k_full[kv.stage].wait(kv.parity);
+          sync_threads(turn, 2 * group_threads);
+          multiply_keys(kv.stage);
+          wait_values(values_walk, values.stage, values.parity);
+          multiply_values(values.stage, accumulate);
+          arrive_threads(other_turn, 2 * group_threads);
+          wgmma_wait<1>();
+          pin(s);
+          release(bar.k_empty[kv.stage]);
+          take_scores(walk, shrink);
+          wgmma_wait<0>();
+          pin(out);
+          release(bar.v_empty[values.stage]);
+#pragma unroll
+          for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
+          pack();
+          accumulate = true;
+          values = kv;
+          values_walk = walk;
+        }
+        wait_values(values_walk, values.stage, values.parity);
+        multiply_values(values.stage, accumulate);
+        wgmma_wait<0>();
+        pin(out);
+        release(bar.v_empty[values.stage]);
+      }
+
+      softmax.finish();
+      bool in_use[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int t = t0 + row + 8 * half;
+        in_use[half] = t < used;
+        if (job.lse && lane % 4 == 0 && t < shape.T)
+          job.lse(b, h, t) = t < used ? softmax.max[half] * shape.scale + logf(softmax.sum[half]) : 0.0f;
+      }
+      const float inverse[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
+      // The tile of queries has been read; the results take its place and leave from there.
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        std::uint32_t word[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          word[j] =
+              in_use[j & 1] ? packed(out[8 * c + 2 * j] * inverse[j & 1], out[8 * c + 2 * j + 1] * inverse[j & 1]) : 0;
+        store_blocks(q + chunk_offset(tile_rows, first_row + lane % 16, 2 * c + lane / 16), word[0], word[1], word[2],
+                     word[3]);
+      }
+      fence_async_proxy();
+      sync_threads(group_id, group_threads);
+      if (thread == 0) {
+        if (const int t = t0 + 64 * group; t < shape.T)
+          for (int c = 0; c < D; c += panel_channels)
+            store_panel(job.out, q + c * tile_rows * 2 + 64 * group * row_bytes, c, t, h, b);
+        commit_stores();
+        wait_stores_read();
+        bar.q_empty[tile.stage].arrive();
+      }
+      __syncwarp();
+    }
+  }
+#endif
+}
+
+template <class P, class Args>
+void attend_forward_sm90_launch(context& ctx, const P& pattern, const Args& p) {
+  const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
+  const auto patterns = on_device(pattern, H);
+  forward_job<std::remove_const_t<decltype(patterns)>> job{.q = hopper::tensor_map(rows_of(p.q), tile_rows),
+                                                           .out = hopper::tensor_map(rows_of(p.out), tile_rows / 2),
+                                                           .keys = lattices_of(pattern, p.k, p.v, tile_rows),
+                                                           .patterns = patterns,
+                                                           .shape = shape_of(p),
+                                                           .order = order_of(p.q),
+                                                           .lse = p.lse};
+  const int blocks = std::min(ctx.multiprocessors(), job.order.count());
+  const auto with = [&](auto kernel, int bytes) {
+    launch(ctx, "attend", kernel, blocks, 3 * hopper::group_threads, bytes, job);
+  };
+  if (d <= 64)
+    with(attend_forward_sm90<64, std::remove_const_t<decltype(patterns)>>, forward_memory<64>::bytes);
+  else
+    with(attend_forward_sm90<128, std::remove_const_t<decltype(patterns)>>, forward_memory<128>::bytes);
+}
+
+}  // namespace ratplus::cuda::detail
