@@ -31,8 +31,7 @@ namespace ratplus::io {
   };
   const auto wrong_type = [&](const char* name, const json& value, const char* expected) {
     // Invalid UTF-8 cannot be here (the parser refuses it), so dump does not throw.
-    fail(name, " is ", detail::excerpt(value.is_structured() ? value.type_name() : value.dump()), ", expected ",
-         expected);
+    fail(name, " is ", excerpt(value.is_structured() ? value.type_name() : value.dump()), ", expected ", expected);
   };
   const auto integer = [&]<std::integral Integer>(const char* name, const json& value, Integer& out) {
     if (!value.is_number_integer()) wrong_type(name, value, "an integer");

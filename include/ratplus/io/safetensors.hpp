@@ -288,7 +288,7 @@ class safetensors_file {
 
   [[nodiscard]] const tensor_info& info(std::string_view name) const {
     const auto found = tensors_.find(name);
-    if (found == tensors_.end()) throw format_error(message(path(), ": has no tensor ", detail::excerpt(name)));
+    if (found == tensors_.end()) throw format_error(message(path(), ": has no tensor ", excerpt(name)));
     return found->second;
   }
 
@@ -376,7 +376,7 @@ class safetensors_file {
   }
 
   [[noreturn]] void fail(std::string_view name, const std::string& what) const {
-    throw format_error(message(path(), ": tensor ", detail::excerpt(name), ": ", what));
+    throw format_error(message(path(), ": tensor ", excerpt(name), ": ", what));
   }
   [[noreturn]] void fail_dtype(std::string_view name, const tensor_info& tensor, std::string_view expected) const {
     fail(name, message("dtype is ", name_of(tensor.type), ", expected ", expected));
@@ -498,8 +498,7 @@ class safetensors_writer {
   /// Throws value_error for a name that was added before.
   template <class T, int Rank>
   void add(const std::string& name, view<T, Rank> values) {
-    if (!values.contiguous())
-      throw shape_error(message("safetensors: tensor ", detail::excerpt(name), " is not contiguous"));
+    if (!values.contiguous()) throw shape_error(message("safetensors: tensor ", excerpt(name), " is not contiguous"));
     add(name, dtype_of<T>(), {values.shape().at, values.shape().at + Rank}, values.data());
   }
   template <class T, int Rank>
@@ -539,7 +538,7 @@ class safetensors_writer {
     index_t bytes = bytes_of(type);
     for (const index_t n : shape) bytes *= n;
     if (name == "__metadata__" || !tensors_.try_emplace(name, source{type, std::move(shape), data, bytes}).second)
-      throw value_error(message("safetensors: tensor name ", detail::excerpt(name), " is taken"));
+      throw value_error(message("safetensors: tensor name ", excerpt(name), " is taken"));
   }
 
   template <class Entries>

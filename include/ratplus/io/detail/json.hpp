@@ -9,17 +9,9 @@
 #include <string_view>
 #include <vector>
 
-#include "ratplus/core/error.hpp"
+#include "ratplus/core/text.hpp"
 
 namespace ratplus::io::detail {
-
-/// 'text' for a message: control characters as dots, cut after 100 bytes.
-[[nodiscard]] inline std::string excerpt(std::string_view text) {
-  constexpr std::size_t limit = 100;
-  std::string out = "'";
-  for (const char c : text.substr(0, limit)) out += (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) ? '.' : c;
-  return out + (text.size() > limit ? "…'" : "'");
-}
 
 /// Parses a JSON document of at most `max_depth` nested levels without duplicate keys; throws format_error naming
 /// `source`.
