@@ -7,6 +7,7 @@ eigen=$(pkg-config --cflags eigen3 2>/dev/null || echo -I/usr/include/eigen3)
 
 measure() {  # COMPILER HEADER
   local seconds
+  echo "#include <$2>" | "$1" -std=c++20 -fopenmp -Iinclude $eigen -x c++ -O0 -fsyntax-only -  # its errors, if any, end the script
   seconds=$(for _ in 1 2 3 4 5; do
     TIMEFORMAT=%U
     { time echo "#include <$2>" | "$1" -std=c++20 -fopenmp -Iinclude $eigen -x c++ -O0 -fsyntax-only -; } 2>&1
