@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "ratplus/model/language_model.hpp"
+#include "ratplus/ops/replay.hpp"
 #include "ratplus/ops/sample.hpp"
 
 namespace ratplus {
@@ -60,10 +61,15 @@ std::vector<std::vector<token_t>> generate(Ctx& ctx, Model& model, const S& sche
       if (lengths[static_cast<std::size_t>(b)] > 0) copy(ctx, std::as_const(piece_logits).view()[b], logits.view()[b]);
   }
 
-  tensor<token_t, 1, Space> chosen(B);
+  cache.check_serves(schedule);
+  tensor<token_t, 1, Space> chosen(B), active_there(B);
   std::vector<token_t> token(prompts.size()), active(prompts.size(), 1);
-  for (index_t i = 0; i < options.tokens; ++i) {
+  const auto choose = [&] {
     sample(ctx, sample_args<A>{.logits = logits, .position = cache.positions_there(), .token = chosen}, options.how);
+  };
+  choose();
+  typename Ctx::recording step;
+  for (index_t i = 0;; ++i) {
     download(ctx, std::as_const(chosen).view(), token.data());
     bool any = false;
     for (std::size_t b = 0; b < token.size(); ++b) {
@@ -73,11 +79,15 @@ std::vector<std::vector<token_t>> generate(Ctx& ctx, Model& model, const S& sche
       if (options.stop && token[b] == *options.stop) active[b] = 0;
       any = any || active[b] != 0;
     }
-    if (!any || i + 1 == options.tokens) break;
-    model.extend(ctx, schedule, cache, as_view(static_cast<const token_t*>(token.data()), B, index_t{1}), active,
-                 logits.view());
+    if (!any || i + 1 == options.tokens) return made;
+    cache.grow(active);
+    upload(ctx, static_cast<const token_t*>(active.data()), active_there.view());
+    replay(ctx, step, [&] {
+      model.decode_step(ctx, schedule, cache, std::as_const(chosen).view(), std::as_const(active_there).view(),
+                        logits.view());
+      choose();
+    });
   }
-  return made;
 }
 
 }  // namespace ratplus

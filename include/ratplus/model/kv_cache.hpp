@@ -112,11 +112,17 @@ class kv_cache {
   /// Positions of the sequences' next rows, (B), in the cache's space.
   [[nodiscard]] view<const token_t, 1> positions_there() const { return first_there_; }
 
-  /// The sequences have grown by `lengths`.
-  template <Context Ctx>
-  void advance(Ctx& ctx, const std::vector<token_t>& lengths) {
+  /// The sequences grow by `lengths`, as far as the host counts; the rows that a step appends on the device count
+  /// there. Throws cache_full.
+  void grow(const std::vector<token_t>& lengths) {
+    check_room(lengths);
     for (std::size_t b = 0; b < first_.size(); ++b) first_[b] += lengths[b];
-    publish(ctx);
+  }
+
+  /// The same where the cache lies: `length` (B) in its space, or `rows` for every sequence.
+  template <Context Ctx>
+  void grow_there(Ctx& ctx, view<const token_t, 1> length, index_t rows) {
+    cache_advance(ctx, first_there_.view(), length, static_cast<token_t>(rows));
   }
 
  private:

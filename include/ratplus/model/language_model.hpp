@@ -168,6 +168,23 @@ class language_model {
     }
   }
 
+  /// One decoding step that never leaves the model's space, for replaying (ops/replay.hpp): tokens (B) and active (B),
+  /// 1 or 0, lie there; sequences with active[b] = 0 stay where they are. Call cache.grow(active) first: only the host
+  /// can refuse.
+  template <Context Ctx, Schedule S, class KV>
+  void decode_step(Ctx& ctx, const S& schedule, kv_cache<KV, Space, A>& cache, view<const token_t, 1> tokens,
+                   view<const token_t, 1> active, view<A, 2> logits) {
+    const batch_shape s{cache.batch(), 1};
+    ratplus::detail::check_shape("decode_step", "tokens", tokens, {{s.batch}});
+    ratplus::detail::check_shape("decode_step", "active", active, {{s.batch}});
+    ratplus::detail::check_shape("decode_step", "logits", logits, {{s.batch, config_.vocab_size}});
+    workspace& w = prepare(s, false);
+    copy(ctx, tokens, w.tokens.view());
+    run_blocks(ctx, schedule, w, &cache, active);
+    cache.grow_there(ctx, active, 1);
+    head(ctx, w.stream(config_.num_layers), w.normed, logits);
+  }
+
  private:
   struct block_tape {
     mixer_tape<T, Space> mixer;
@@ -383,8 +400,8 @@ class language_model {
     }
     const std::vector<token_t> grown =
         lengths ? *lengths : std::vector<token_t>(static_cast<std::size_t>(s.batch), static_cast<token_t>(s.rows));
-    cache.check_room(grown);
     cache.check_serves(schedule);
+    cache.grow(grown);
     workspace& w = prepare(s, false);
     upload_tokens(ctx, tokens, w.tokens);
     view<const token_t, 1> lengths_there;
@@ -393,7 +410,7 @@ class language_model {
       lengths_there = w.lengths;
     }
     run_blocks(ctx, schedule, w, &cache, lengths_there);
-    cache.advance(ctx, grown);
+    cache.grow_there(ctx, lengths_there, s.rows);
     return w;
   }
 

@@ -18,7 +18,7 @@ struct kv_past {
   view<const KV, 3> k = {}, v = {};      // (B, slots, d), all heads of a sequence in one pool
   view<const head_slots, 1> heads = {};  // (H), each head's slots, in the context's space
 
-  explicit operator bool() const { return static_cast<bool>(heads); }
+  RATPLUS_HD explicit operator bool() const { return static_cast<bool>(heads); }
 };
 
 template <class T, class KV = T>
@@ -88,6 +88,14 @@ void attend_backward(Ctx& ctx, const P& pattern, const attend_backward_args<T>& 
   detail::check_shape(op, "dv", p.dv, p.q.shape());
   detail::check_spans(op, p.spans, B);
   if (p.q.size() > 0) attend_backward_on(ctx, pattern, p);
+}
+
+/// position[b] += length[b], or `rows` where no lengths are given: what an append does to the sequences' positions. All
+/// (B).
+template <Context Ctx>
+void cache_advance(Ctx& ctx, view<token_t, 1> position, view<const token_t, 1> length, token_t rows) {
+  detail::check_shape_if_given("cache advance", "length", length, position.shape());
+  if (position.size() > 0) cache_advance_on(ctx, position, length, rows);
 }
 
 template <class T, class KV = T>

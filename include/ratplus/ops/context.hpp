@@ -11,10 +11,12 @@
 namespace ratplus {
 
 /// Where operations run: owns threads, streams and scratch memory, and names the memory space its views must lie in.
-/// `synchronize()` returns when everything asked of it is done.
+/// `recording` holds a step for replaying (ops/replay.hpp). `synchronize()` returns when everything asked of it is
+/// done.
 template <class C>
 concept Context = requires(C& ctx) {
   typename C::space;
+  typename C::recording;
   ctx.synchronize();
 };
 

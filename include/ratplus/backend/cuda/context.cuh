@@ -81,9 +81,24 @@ struct matmul_plan {
 
 }  // namespace detail
 
+/// A step recorded as a CUDA graph (ops/replay.hpp).
+class recording {
+ public:
+  recording() = default;
+  recording(recording&& other) noexcept : runs(other.runs), graph(std::exchange(other.graph, nullptr)) {}
+  recording& operator=(recording&&) = delete;
+  ~recording() {
+    if (graph != nullptr) cudaGraphExecDestroy(graph);
+  }
+
+  int runs = 0;
+  cudaGraphExec_t graph = nullptr;
+};
+
 class context {
  public:
   using space = cuda::space;
+  using recording = cuda::recording;
 
   /// Uses device `device` of those the driver shows. Throws cuda_error when there is none, it is too old, or this
   /// program has no code for it.
@@ -209,7 +224,7 @@ class carver {
   std::size_t used_ = 0;
 };
 
-[[nodiscard]] constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+[[nodiscard]] RATPLUS_HD constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 
 /// Blocks for `count` items at `per_block`, at most `most`: kernels walk the rest in strides of the grid.
 [[nodiscard]] inline unsigned grid_for(index_t count, index_t per_block, index_t most) {
@@ -218,4 +233,24 @@ class carver {
 }
 
 }  // namespace detail
+/// The first run allocates what the step needs, the second is captured, later ones launch the graph.
+template <class F>
+void replay_on(context& ctx, recording& step, F&& f) {
+  if (step.runs++ == 0) {
+    f();
+    return;
+  }
+  if (step.graph == nullptr) {
+    cudaGraph_t graph = nullptr;
+    detail::check(cudaStreamBeginCapture(ctx.stream(), cudaStreamCaptureModeThreadLocal), "cuda: graph capture");
+    f();
+    detail::check(cudaStreamEndCapture(ctx.stream(), &graph), "cuda: graph capture");
+    const cudaError_t status = cudaGraphInstantiate(&step.graph, graph, 0);
+    cudaGraphDestroy(graph);
+    detail::check(status, "cuda: graph");
+  }
+  detail::check(cudaGraphLaunch(step.graph, ctx.stream()), "cuda: graph launch");
+  ctx.count_launch();
+}
+
 }  // namespace ratplus::cuda

@@ -135,4 +135,8 @@ void cache_append_on(context&, const cache_append_args<T, KV>& p) {
     }
 }
 
+inline void cache_advance_on(context&, view<token_t, 1> position, view<const token_t, 1> length, token_t rows) {
+  for (index_t b = 0; b < position.extent(0); ++b) position[b] += length ? length[b] : rows;
+}
+
 }  // namespace ratplus::reference

@@ -8,8 +8,15 @@ namespace ratplus::reference {
 
 struct context {
   using space = host_space;
+  struct recording {};
   void synchronize() const {}
 };
+
+/// Nothing is recorded on a host.
+template <class F>
+void replay_on(context&, context::recording&, F&& f) {
+  f();
+}
 
 /// bfloat16 is computed with in float.
 template <class T>
