@@ -210,7 +210,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 #pragma unroll
         for (int c = 0; c < 8; ++c)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) p[c][j] = packed(s[8 * c + 2 * j], s[8 * c + 2 * j + 1]);
+          for (int j = 0; j < 4; ++j) p[c][j] = rounded_pair(s[8 * c + 2 * j], s[8 * c + 2 * j + 1]);
       };
       const auto wait_values = [&](const tile_walk& walk, int stage, int parity) {
         bar.v_full[stage].wait(parity);
@@ -278,8 +278,9 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         std::uint32_t word[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          word[j] =
-              in_use[j & 1] ? packed(out[8 * c + 2 * j] * inverse[j & 1], out[8 * c + 2 * j + 1] * inverse[j & 1]) : 0;
+          word[j] = in_use[j & 1]
+                        ? rounded_pair(out[8 * c + 2 * j] * inverse[j & 1], out[8 * c + 2 * j + 1] * inverse[j & 1])
+                        : 0;
         store_blocks(q + chunk_offset(tile_rows, first_row + lane % 16, 2 * c + lane / 16), word[0], word[1], word[2],
                      word[3]);
       }
@@ -300,7 +301,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 }
 
 template <class P, class Args>
-void attend_forward_sm90_launch(context& ctx, const P& pattern, const Args& p) {
+void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
   const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
   const auto patterns = on_device(pattern, H);
   forward_job<std::remove_const_t<decltype(patterns)>> job{.q = hopper::tensor_map(rows_of(p.q), tile_rows),

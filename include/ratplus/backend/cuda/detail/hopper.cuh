@@ -272,7 +272,7 @@ __device__ inline void product(float (&d)[Size], const std::uint32_t (&a)[4], st
 #undef RATPLUS_R64
 
 /// Two floats rounded to bfloat16, `low` in the lower half.
-[[nodiscard]] __device__ inline std::uint32_t packed(float low, float high) {
+[[nodiscard]] __device__ inline std::uint32_t rounded_pair(float low, float high) {
   std::uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;

@@ -1,0 +1,54 @@
+#pragma once
+// Attention on CUDA. Tiles on the tensor cores of Hopper for bfloat16 heads of up to 128 channels that the copy engine
+// can address; short pieces after a past, by splitting the keys (detail/decode.cuh); everything else by rows.
+
+#include "ratplus/backend/cuda/detail/attend_forward_sm90.cuh"
+#include "ratplus/backend/cuda/detail/attend_rows.cuh"
+
+namespace ratplus::cuda {
+
+namespace detail {
+
+/// Whether the tiled kernels run here and can address these views.
+template <class T, class... Views>
+[[nodiscard]] bool tileable(const context& ctx, index_t d, const Views&... views) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return ctx.properties().major == 9 && d <= 128 && (hopper::addressable(rows_of(views)) && ...) &&
+           hopper::compiled(attend_forward_sm90<128, uniform_heads<any_sparse>>);
+  else
+    return false;
+}
+
+}  // namespace detail
+
+template <class P, class T, class KV>
+void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
+  const index_t d = p.q.extent(3);
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (!p.past && detail::tileable<T>(ctx, d, p.q, p.k, p.v, p.out))
+      return detail::attend_forward_tiles(ctx, pattern, p);
+  detail::check_head_size("attend", d);
+  const auto heads = detail::on_device(pattern, p.q.extent(1));
+  detail::launch(ctx, "attend", detail::attend_forward_rows<std::remove_const_t<decltype(heads)>, T, KV>,
+                 detail::row_blocks(p.q.shape()), 32 * detail::rows_per_block, 0, heads, p,
+                 1.0f / std::sqrt(static_cast<float>(d)));
+}
+
+template <class P, class T>
+void attend_backward_on(context& ctx, const P& pattern, const attend_backward_args<T>& p) {
+  const index_t B = p.q.extent(0), H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
+  const view<float, 3> deltas =
+      as_view(static_cast<float*>(ctx.scratch(static_cast<std::size_t>(4 * B * H * rows))), B, H, rows);
+  detail::check_head_size("attend backward", d);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+  const auto heads = detail::on_device(pattern, H);
+  using heads_t = std::remove_const_t<decltype(heads)>;
+  const unsigned blocks = detail::row_blocks(p.q.shape());
+  constexpr unsigned threads = 32 * detail::rows_per_block;
+  detail::launch(ctx, "attend backward", detail::attend_backward_queries<heads_t, T>, blocks, threads, 0, heads, p,
+                 deltas, scale);
+  detail::launch(ctx, "attend backward", detail::attend_backward_keys<heads_t, T>, blocks, threads, 0, heads, p, deltas,
+                 scale);
+}
+
+}  // namespace ratplus::cuda
