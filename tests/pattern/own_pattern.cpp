@@ -59,10 +59,12 @@ struct lattice_moves {  // the previous key, in a run whose lattice would have t
   }
   constexpr index_t last_query(index_t key, index_t T) const { return std::min(T - 1, key + 1); }
 };
-struct step_moves {  // of one key each, but with another step at every query
-  constexpr bool sees(index_t query, index_t key) const { return key == query; }
-  constexpr key_runs keys(index_t query) const { return {{{query, query + 1, 1 + query % 2}, {0, 0, 1}, {0, 0, 1}}}; }
-  constexpr index_t last_query(index_t key, index_t) const { return key; }
+struct step_moves {  // a sink in a run of one key, whose step is another at every query
+  constexpr bool sees(index_t query, index_t key) const { return key <= query && (key == query || key == 0); }
+  constexpr key_runs keys(index_t query) const {
+    return {{{0, query > 0 ? 1 : 0, 1 + query % 2}, {query, query + 1, 1}, {0, 0, 1}}};
+  }
+  constexpr index_t last_query(index_t key, index_t T) const { return key == 0 ? T - 1 : key; }
 };
 struct goes_back {  // the runs trade places at every other query
   constexpr bool sees(index_t query, index_t key) const { return key <= query && (query == key || key == 0); }
