@@ -35,7 +35,8 @@ void check_product(Backend& backend, index_t M, index_t N, index_t K, bool trans
   const auto a = random_array<T>(transpose_a ? dims(K, M) : dims(M, K), 1);
   const auto b = random_array<T>(transpose_b ? dims(N, K) : dims(K, N), 2);
   const auto addend = random_array<TC>(dims(M, N), 3);
-  const guarded on_a(ctx, a, where), on_b(ctx, b, where), on_addend(ctx, addend, where);
+  const guarded on_a(ctx, a, where), on_b(ctx, b, where);
+  const guarded on_addend(ctx, addend, where);
   auto c = what == plus::itself ? guarded(ctx, addend, where) : poisoned<TC>(ctx, dims(M, N), where);
   matmul_args<T, TC> args{on_a.in(), on_b.in(), c.out(), {}, transpose_a, transpose_b};
   if (what == plus::other) args.addend = on_addend.in();

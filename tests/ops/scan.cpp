@@ -218,7 +218,8 @@ TEMPLATE_TEST_CASE("scan: a sequence without rows keeps its state", "", RATPLUS_
   TestType backend;
   auto& ctx = backend.ctx;
   const auto state = random_array<A>(dims(2, 1, 4), 1);
-  const guarded k(ctx, array<T, 4>(dims(2, 1, 3, 4), poison<T>())), first_state(ctx, state);
+  const guarded k(ctx, array<T, 4>(dims(2, 1, 3, 4), poison<T>()));
+  const guarded first_state(ctx, state);
   const guarded lengths(ctx, tokens_of({0, 0}));
   auto out = poisoned<T>(ctx, dims(2, 1, 3, 4));
   auto last = poisoned<A>(ctx, state.shape);
