@@ -65,7 +65,8 @@ TEMPLATE_TEST_CASE("rms_norm forward and backward", "", RATPLUS_TEST_BACKENDS) {
     CHECK(same_bits(in_place.read(), y.read()));
 
     // Gradients are added to what is there.
-    guarded dx(ctx, dx_before, where), dw(ctx, dw_before);
+    guarded dx(ctx, dx_before, where);
+    guarded dw(ctx, dw_before);
     rms_norm_backward(ctx, rms_norm_backward_args<T>{on_x.in(), on_w.in(), rstd.in(), on_dy.in(), dx.out(), dw.out()});
     auto dx_expected = expected.dx;
     auto dw_expected = expected.dweight;
