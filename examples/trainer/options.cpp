@@ -10,6 +10,7 @@
 #include <map>
 
 #include "ratplus/pattern/parse.hpp"
+#include "ratplus/recurrence/by_name.hpp"
 
 namespace trainer {
 
@@ -157,6 +158,7 @@ void add_pretrain(CLI::App& app, pretrain_options& o) {
     o.config.max_seq_len = o.training.seq_len;
     try {
       validate(o.config);
+      ratplus::visit_cell(o.config.recurrence, [](const auto&) {});
     } catch (const ratplus::value_error& e) {
       throw usage_error(e.what());
     }
@@ -241,6 +243,7 @@ command_line parse(int argc, char** argv) {
       "local:1024+sinks:4;\na,b alternates layers, [a|b] divides the heads.",
       "ratplus");
   app.require_subcommand(1);
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // of options with one value
   device_options device;
   pretrain_options pretrain;
   adapt_options adapt;
@@ -267,6 +270,15 @@ command_line parse(int argc, char** argv) {
   add_tensors(*add("grads", "Loss and gradients of given tokens and labels"), grads,
               "safetensors file with `tokens` and `labels` (B, T) int32", "File to write `loss` and `grad/NAME` to");
 
+  if (argc > 1 && argv[1][0] != '-') {
+    std::string names;
+    bool known = false;
+    for (const CLI::App* sub : app.get_subcommands({})) {
+      known = known || sub->get_name() == argv[1];
+      names += (names.empty() ? "" : ", ") + sub->get_name();
+    }
+    if (!known) throw usage_error(ratplus::excerpt(argv[1]) + " is no command, expected " + names);
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp& e) {
