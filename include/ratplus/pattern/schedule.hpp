@@ -139,13 +139,27 @@ class any_schedule {
   std::vector<any_by_head> layers_;
 };
 
+namespace detail {
+/// What a schedule may be asked to call: takes patterns of every kind, a user's own included.
+struct any_visitor {
+  template <class P>
+  constexpr void operator()(const P&) const {}
+};
+}  // namespace detail
+
 /// A head pattern for every layer: one for all, or a cyclic list.
 template <class S>
-concept Schedule = HeadPattern<S> || requires(const S& s, void (*f)(const any_by_head&)) {
-  s.visit_layer(index_t{}, f);
+concept Schedule = HeadPattern<S> || requires(const S& s) {
+  s.visit_layer(index_t{}, detail::any_visitor{});
 } || requires(const S& s) {
   s.layers;
 };
+
+/// Turns an unsatisfied Schedule into a sentence about the Pattern it might have been.
+template <class S>
+constexpr void require_schedule() {
+  if constexpr (!Schedule<S>) require_pattern<S>();
+}
 
 /// f(head pattern of `layer`).
 template <Schedule S, class F>
