@@ -2,6 +2,7 @@
 // Attention on CUDA. Tiles on the tensor cores of Hopper for bfloat16 heads of up to 128 channels that the copy engine
 // can address; short pieces after a past, by splitting the keys (detail/decode.cuh); everything else by rows.
 
+#include "ratplus/backend/cuda/detail/attend_backward_sm90.cuh"
 #include "ratplus/backend/cuda/detail/attend_forward_sm90.cuh"
 #include "ratplus/backend/cuda/detail/attend_rows.cuh"
 
@@ -30,25 +31,26 @@ void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args
   detail::check_head_size("attend", d);
   const auto heads = detail::on_device(pattern, p.q.extent(1));
   detail::launch(ctx, "attend", detail::attend_forward_rows<std::remove_const_t<decltype(heads)>, T, KV>,
-                 detail::row_blocks(p.q.shape()), 32 * detail::rows_per_block, 0, heads, p,
+                 detail::row_blocks(p.q.shape()), 32 * detail::warps_per_block, 0, heads, p,
                  1.0f / std::sqrt(static_cast<float>(d)));
 }
 
 template <class P, class T>
 void attend_backward_on(context& ctx, const P& pattern, const attend_backward_args<T>& p) {
-  const index_t B = p.q.extent(0), H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
-  const view<float, 3> deltas =
-      as_view(static_cast<float*>(ctx.scratch(static_cast<std::size_t>(4 * B * H * rows))), B, H, rows);
+  const index_t d = p.q.extent(3);
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (detail::tileable<T>(ctx, d, p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv))
+      return detail::attend_backward_tiles(ctx, pattern, p);
   detail::check_head_size("attend backward", d);
+  const auto statistics = detail::statistics_of(ctx, p);
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  const auto heads = detail::on_device(pattern, H);
+  const auto heads = detail::on_device(pattern, p.q.extent(1));
   using heads_t = std::remove_const_t<decltype(heads)>;
-  const unsigned blocks = detail::row_blocks(p.q.shape());
-  constexpr unsigned threads = 32 * detail::rows_per_block;
+  const unsigned blocks = detail::row_blocks(p.q.shape()), threads = 32 * detail::warps_per_block;
   detail::launch(ctx, "attend backward", detail::attend_backward_queries<heads_t, T>, blocks, threads, 0, heads, p,
-                 deltas, scale);
-  detail::launch(ctx, "attend backward", detail::attend_backward_keys<heads_t, T>, blocks, threads, 0, heads, p, deltas,
-                 scale);
+                 statistics, scale);
+  detail::launch(ctx, "attend backward", detail::attend_backward_keys<heads_t, T>, blocks, threads, 0, heads, p,
+                 statistics, scale);
 }
 
 }  // namespace ratplus::cuda

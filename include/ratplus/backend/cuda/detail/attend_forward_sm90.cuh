@@ -73,23 +73,6 @@ struct running_softmax {
   }
 };
 
-/// Sets to −∞ the scores of columns that a row does not see. Column j of the tile is lattice index start + j.
-template <int N>
-__device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[tile_rows], int row, int start,
-                                    int lane) {
-  const int column = start + 2 * (lane & 3);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const lattice_range seen = rows[row + 8 * h];
-    const auto width = static_cast<unsigned>(seen.end - seen.begin);
-#pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (static_cast<unsigned>(column + 8 * j + e - seen.begin) >= width) s[4 * j + 2 * h + e] = -INFINITY;
-  }
-}
-
 template <int D, class Heads>
 __global__ __launch_bounds__(3 * hopper::group_threads,
                              1) void attend_forward_sm90(const __grid_constant__ forward_job<Heads> job) {
@@ -130,27 +113,17 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const int b = head_of_all / shape.H, h = head_of_all % shape.H;
       const int used = shape.rows_in_use(b), t0 = number * tile_rows;
       bar.q_empty[tile.stage].wait(tile.parity ^ 1);
-      // Rows beyond the last see what it sees: their results are dropped, and the bounds still never fall.
       row_bounds& rows = bounds[tile.stage];
-      key_runs runs;
-      job.patterns.visit(h, [&](const auto& pattern) { runs = pattern.keys(max(min(t0 + thread, used - 1), 0)); });
-#pragma unroll
-      for (int r = 0; r < key_runs::count; ++r) {
-        if (thread == 0) rows.lattice[r] = job.keys.find(runs[r]);
-        rows.at[r][thread] = t0 < used ? on_lattice(runs[r]) : lattice_range{0, 0};
-      }
+      find_bounds(rows, job.patterns, job.keys, h, t0, used, thread);
       sync_threads(1, group_threads);
       if (thread == 0) {
         bar.q_full[tile.stage].arrive_expecting(memory::tile);
-        for (int c = 0; c < D; c += panel_channels)
-          load_panel(base + memory::q + tile.stage * memory::tile + c * tile_rows * 2, job.q, bar.q_full[tile.stage], c,
-                     t0, h, b);
-        for (tile_walk walk; walk.next(rows); kv.advance()) {
+        load_tile<D, tile_rows>(base + memory::q + tile.stage * memory::tile, job.q, bar.q_full[tile.stage], t0, h, b);
+        for (tile_walk<tile_rows> walk; walk.next(rows); kv.advance()) {
           const auto load = [&](barrier& empty, barrier& full, const CUtensorMap& map, int at) {
             empty.wait(kv.parity ^ 1);
             full.arrive_expecting(memory::tile);
-            for (int c = 0; c < D; c += panel_channels)
-              load_panel(base + at + kv.stage * memory::tile + c * tile_rows * 2, map, full, c, walk.start, h, b);
+            load_tile<D, tile_rows>(base + at + kv.stage * memory::tile, map, full, walk.start, h, b);
           };
           const lattice& from = job.keys.at[rows.lattice[walk.run]];
           load(bar.k_empty[kv.stage], bar.k_full[kv.stage], from.k, memory::k);
@@ -199,20 +172,14 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const auto release = [&](barrier& empty) {
         if (lane == 0) empty.arrive();
       };
-      const auto take_scores = [&](const tile_walk& walk, float(&shrink)[2]) {
+      const auto take_scores = [&](const tile_walk<tile_rows>& walk, float(&shrink)[2]) {
         const auto& seen = rows.at[walk.run];
         // Seen by all of the group's rows when the last begins before the tile and the first ends behind it.
         if (seen[64 * group + 63].begin > walk.start || seen[64 * group].end < walk.start + tile_rows)
           mask_columns(s, seen, row, walk.start, lane);
         softmax.add(s, scale, shrink);
       };
-      const auto pack = [&] {
-#pragma unroll
-        for (int c = 0; c < 8; ++c)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) p[c][j] = rounded_pair(s[8 * c + 2 * j], s[8 * c + 2 * j + 1]);
-      };
-      const auto wait_values = [&](const tile_walk& walk, int stage, int parity) {
+      const auto wait_values = [&](const tile_walk<tile_rows>& walk, int stage, int parity) {
         bar.v_full[stage].wait(parity);
         const int end = rows.at[walk.run][tile_rows - 1].end - walk.start;
         if (shape.length && end < tile_rows)
@@ -220,7 +187,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       };
 
       bar.q_full[tile.stage].wait(tile.parity);
-      tile_walk walk;
+      tile_walk<tile_rows> walk;
       const bool any = walk.next(rows);
       if (any) {
         float shrink[2];
@@ -230,10 +197,10 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         pin(s);
         release(bar.k_empty[kv.stage]);
         take_scores(walk, shrink);
-        pack();
+        round_fragment(s, p);
         bool accumulate = false;
         ring_place<stages> values = kv;
-        tile_walk values_walk = walk;
+        tile_walk<tile_rows> values_walk = walk;
         for (kv.advance(); walk.next(rows); kv.advance()) {
           bar.k_full[kv.stage].wait(kv.parity);
           sync_threads(turn, 2 * group_threads);
@@ -250,7 +217,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           release(bar.v_empty[values.stage]);
 #pragma unroll
           for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
-          pack();
+          round_fragment(s, p);
           accumulate = true;
           values = kv;
           values_walk = walk;
@@ -272,29 +239,8 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           job.lse(b, h, t) = t < used ? softmax.max[half] * shape.scale + logf(softmax.sum[half]) : 0.0f;
       }
       const float inverse[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
-      // The tile of queries has been read; the results take its place and leave from there.
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        std::uint32_t word[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          word[j] = in_use[j & 1]
-                        ? rounded_pair(out[8 * c + 2 * j] * inverse[j & 1], out[8 * c + 2 * j + 1] * inverse[j & 1])
-                        : 0;
-        store_blocks(q + chunk_offset(tile_rows, first_row + lane % 16, 2 * c + lane / 16), word[0], word[1], word[2],
-                     word[3]);
-      }
-      fence_async_proxy();
-      sync_threads(group_id, group_threads);
-      if (thread == 0) {
-        if (const int t = t0 + 64 * group; t < shape.T)
-          for (int c = 0; c < D; c += panel_channels)
-            store_panel(job.out, q + c * tile_rows * 2 + 64 * group * row_bytes, c, t, h, b);
-        commit_stores();
-        wait_stores_read();
-        bar.q_empty[tile.stage].arrive();
-      }
-      __syncwarp();
+      store_rows<D>(out, inverse, in_use, q, job.out, bar.q_empty[tile.stage], t0, shape.T, h, b, group, thread,
+                    group_id);
     }
   }
 #endif
@@ -302,8 +248,8 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 
 template <class P, class Args>
 void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
-  const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
-  const auto patterns = on_device(pattern, H);
+  const index_t d = p.q.extent(3);
+  const auto patterns = on_device(pattern, p.q.extent(1));
   forward_job<std::remove_const_t<decltype(patterns)>> job{.q = hopper::tensor_map(rows_of(p.q), tile_rows),
                                                            .out = hopper::tensor_map(rows_of(p.out), tile_rows / 2),
                                                            .keys = lattices_of(pattern, p.k, p.v, tile_rows),

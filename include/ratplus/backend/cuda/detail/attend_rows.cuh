@@ -4,26 +4,19 @@
 // products of whole rows, and every 32nd channel of the sums. The tiled kernels are faster wherever they apply; this is
 // the fallback and their oracle on the device.
 
-#include "ratplus/backend/cuda/context.cuh"
+#include "ratplus/backend/cuda/detail/attend_statistics.cuh"
 #include "ratplus/backend/cuda/detail/heads.cuh"
-#include "ratplus/backend/cuda/detail/vector.cuh"
 #include "ratplus/core/softmax_state.hpp"
-#include "ratplus/ops/attend.hpp"
 #include "ratplus/pattern/tiles.hpp"
 
 namespace ratplus::cuda::detail {
 
-inline constexpr int rows_per_block = 8, most_channels = 256, channels_per_lane = most_channels / 32;
+inline constexpr int most_channels = 256, channels_per_lane = most_channels / 32;
 
 __device__ inline float warp_max(float x) {
   for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
   return x;
 }
-__device__ inline float warp_sum(float x) {
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  return x;
-}
-
 /// A warp's own row, as floats in shared memory.
 template <class T>
 __device__ void keep_row(float* kept, const T* row, int d, int lane) {
@@ -65,13 +58,13 @@ struct row_place {
       : b(static_cast<int>(i / (H * T))), h(static_cast<int>(i / T % H)), t(static_cast<int>(i % T)) {}
 };
 [[nodiscard]] __device__ inline index_t this_row() {
-  return static_cast<index_t>(blockIdx.x) * rows_per_block + threadIdx.x / 32;
+  return static_cast<index_t>(blockIdx.x) * warps_per_block + threadIdx.x / 32;
 }
 
 template <class Heads, class T, class KV>
-__global__ void __launch_bounds__(32 * rows_per_block)
+__global__ void __launch_bounds__(32 * warps_per_block)
     attend_forward_rows(const Heads heads, const attend_forward_args<T, KV> p, const float scale) {
-  __shared__ float queries[rows_per_block][most_channels];
+  __shared__ float queries[warps_per_block][most_channels];
   const index_t H = p.q.extent(1), rows = p.q.extent(2);
   const int d = static_cast<int>(p.q.extent(3)), lane = static_cast<int>(threadIdx.x) % 32;
   if (this_row() >= p.q.extent(0) * H * rows) return;
@@ -119,12 +112,12 @@ __global__ void __launch_bounds__(32 * rows_per_block)
   if (p.lse && lane == 0) p.lse(b, h, t) = state.log_sum_exp();
 }
 
-/// dq, and delta = Σ dout ⊙ out (B, H, T) for the keys' kernel.
+/// dq.
 template <class Heads, class T>
-__global__ void __launch_bounds__(32 * rows_per_block)
-    attend_backward_queries(const Heads heads, const attend_backward_args<T> p, const view<float, 3> deltas,
-                            const float scale) {
-  __shared__ float queries[rows_per_block][most_channels], gradients[rows_per_block][most_channels];
+__global__ void __launch_bounds__(32 * warps_per_block)
+    attend_backward_queries(const Heads heads, const attend_backward_args<T> p,
+                            const view<const row_statistics, 3> statistics, const float scale) {
+  __shared__ float queries[warps_per_block][most_channels], gradients[warps_per_block][most_channels];
   const index_t H = p.q.extent(1), rows = p.q.extent(2);
   const int d = static_cast<int>(p.q.extent(3)), lane = static_cast<int>(threadIdx.x) % 32;
   if (this_row() >= p.q.extent(0) * H * rows) return;
@@ -135,11 +128,7 @@ __global__ void __launch_bounds__(32 * rows_per_block)
   keep_row(q, p.q.row(b, h, t), d, lane);
   keep_row(dout, p.dout.row(b, h, t), d, lane);
 
-  float delta = 0;
-  for (int i = lane; i < d; i += 32) delta += dout[i] * to_float(p.out(b, h, t, i));
-  delta = warp_sum(delta);
-  if (lane == 0) deltas(b, h, t) = delta;
-  const float lse = p.lse(b, h, t);
+  const auto [lse2, delta] = statistics(b, h, t);
   heads.visit(h, [&](const auto& pattern) {
     const key_runs keys = pattern.keys(t);
     for (const key_run& run : keys.run) {
@@ -150,7 +139,8 @@ __global__ void __launch_bounds__(32 * rows_per_block)
         const T* const v = p.v.row(b, h, run.begin) + i * v_stride;
         float dscore = 0;
         if (lane < here)
-          dscore = expf(dot(q, k + lane * k_stride, d) * scale - lse) * (dot(dout, v + lane * v_stride, d) - delta);
+          dscore = exp2f(dot(q, k + lane * k_stride, d) * scale * log2_e - lse2) *
+                   (dot(dout, v + lane * v_stride, d) - delta);
         add_rows(sums, dscore, k, k_stride, here, d, lane);
       }
     }
@@ -160,10 +150,10 @@ __global__ void __launch_bounds__(32 * rows_per_block)
 
 /// dk and dv: the queries that see key t are t … last_query(t).
 template <class Heads, class T>
-__global__ void __launch_bounds__(32 * rows_per_block)
-    attend_backward_keys(const Heads heads, const attend_backward_args<T> p, const view<float, 3> deltas,
-                         const float scale) {
-  __shared__ float keys[rows_per_block][most_channels], values[rows_per_block][most_channels];
+__global__ void __launch_bounds__(32 * warps_per_block)
+    attend_backward_keys(const Heads heads, const attend_backward_args<T> p,
+                         const view<const row_statistics, 3> statistics, const float scale) {
+  __shared__ float keys[warps_per_block][most_channels], values[warps_per_block][most_channels];
   const index_t H = p.q.extent(1), rows = p.q.extent(2);
   const int d = static_cast<int>(p.q.extent(3)), lane = static_cast<int>(threadIdx.x) % 32;
   if (this_row() >= p.q.extent(0) * H * rows) return;
@@ -180,8 +170,9 @@ __global__ void __launch_bounds__(32 * rows_per_block)
       const int here = static_cast<int>(last + 1 - i < 32 ? last + 1 - i : 32);
       float weight = 0, dscore = 0;
       if (lane < here) {
-        weight = expf(dot(k, p.q.row(b, h, i + lane), d) * scale - p.lse(b, h, i + lane));
-        dscore = weight * (dot(v, p.dout.row(b, h, i + lane), d) - deltas(b, h, i + lane));
+        const auto [lse2, delta] = statistics(b, h, i + lane);
+        weight = exp2f(dot(k, p.q.row(b, h, i + lane), d) * scale * log2_e - lse2);
+        dscore = weight * (dot(v, p.dout.row(b, h, i + lane), d) - delta);
       }
       add_rows(dv, weight, p.dout.row(b, h, i), p.dout.stride(2), here, d, lane);
       add_rows(dk, dscore, p.q.row(b, h, i), p.q.stride(2), here, d, lane);
@@ -192,7 +183,7 @@ __global__ void __launch_bounds__(32 * rows_per_block)
 }
 
 inline unsigned row_blocks(const extents<4>& shape) {
-  return static_cast<unsigned>(ceil_div(shape[0] * shape[1] * shape[2], rows_per_block));
+  return static_cast<unsigned>(ceil_div(shape[0] * shape[1] * shape[2], warps_per_block));
 }
 inline void check_head_size(const char* op, index_t d) {
   if (d > most_channels)

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "ratplus/backend/cuda/context.cuh"
+#include "ratplus/backend/cuda/detail/attend_statistics.cuh"
 #include "ratplus/backend/cuda/detail/heads.cuh"
 #include "ratplus/backend/cuda/detail/hopper.cuh"
 #include "ratplus/core/scalar.hpp"
@@ -37,7 +38,7 @@ struct tile_order {
 struct lattice_range {
   int begin, end;
 };
-[[nodiscard]] __device__ inline lattice_range on_lattice(const key_run& run) {
+[[nodiscard]] RATPLUS_HD inline lattice_range on_lattice(const key_run& run) {
   const auto step = static_cast<unsigned>(run.step), first = static_cast<unsigned>(run.begin);
   const auto length = run.end > run.begin ? static_cast<unsigned>(run.end - run.begin) : 0u;
   const unsigned begin = step == 1 ? first : first / step, count = step == 1 ? length : (length + step - 1) / step;
@@ -98,20 +99,35 @@ struct row_bounds {
   int lattice[key_runs::count];  // of each run
 };
 
-/// Walks the tiles of 128 lattice indices that any row of a tile of queries sees: the window first, then anchors, then
-/// sinks, each from its end (where the mask is).
+/// Fills them for queries t0 … t0 + 127, one thread each; a barrier must follow. Rows beyond the last see what it sees:
+/// their results are dropped, and the bounds still never fall.
+template <class Heads>
+__device__ void find_bounds(row_bounds& rows, const Heads& heads, const lattices& keys, int h, int t0, int used,
+                            int thread) {
+  key_runs runs;
+  heads.visit(h, [&](const auto& pattern) { runs = pattern.keys(max(min(t0 + thread, used - 1), 0)); });
+#pragma unroll
+  for (int r = 0; r < key_runs::count; ++r) {
+    if (thread == 0) rows.lattice[r] = keys.find(runs[r]);
+    rows.at[r][thread] = t0 < used ? on_lattice(runs[r]) : lattice_range{0, 0};
+  }
+}
+
+/// Walks the tiles of `Keys` lattice indices that any row of a tile of queries sees: the window first, then anchors,
+/// then sinks, each from its end (where the mask is).
+template <int Keys>
 struct tile_walk {
   int run = key_runs::count, first = 0, start = 0;
 
   __device__ bool next(const row_bounds& rows) {
-    if (start - tile_rows >= first && run < key_runs::count) {
-      start -= tile_rows;
+    if (start - Keys >= first && run < key_runs::count) {
+      start -= Keys;
       return true;
     }
     while (--run >= 0) {
       first = rows.at[run][0].begin;
       const int n = rows.at[run][tile_rows - 1].end - first;
-      start = first + (n - 1) / tile_rows * tile_rows;
+      start = first + (n - 1) / Keys * Keys;
       if (n > 0) return true;
     }
     return false;
@@ -151,7 +167,66 @@ __device__ inline void zero_rows(char* tile, int from, int thread, int barrier_i
   hopper::sync_threads(barrier_id, hopper::group_threads);
 }
 
-/// log2(e): exponentials are taken in base 2.
-inline constexpr float log2_e = 1.4426950408889634f;
+/// Sets to −∞ the scores of columns outside a row's range. Column j of the fragment is index start + j.
+template <int N>
+__device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[tile_rows], int row, int start,
+                                    int lane) {
+  const int column = start + 2 * (lane & 3);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const lattice_range seen = rows[row + 8 * h];
+    const auto width = static_cast<unsigned>(seen.end - seen.begin);
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (static_cast<unsigned>(column + 8 * j + e - seen.begin) >= width) s[4 * j + 2 * h + e] = -INFINITY;
+  }
+}
+
+/// A fragment of 64 × 2·N rounded to the A operands of the next product, 16 columns each.
+template <int N>
+__device__ inline void round_fragment(const float (&s)[N], std::uint32_t (&a)[N / 8][4]) {
+#pragma unroll
+  for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[c][j] = hopper::rounded_pair(s[8 * c + 2 * j], s[8 * c + 2 * j + 1]);
+}
+
+/// Loads rows [row, row + Rows) of D channels of head h, sequence b, as panels; `full` counts their bytes.
+template <int D, int Rows>
+__device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barrier& full, int row, int h, int b) {
+  for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
+}
+
+/// Stores a warp group's 64 × D fragment, rows scaled by `scale` or zeroed unless `keep`, to rows t0 + 64 group … of
+/// head h, sequence b, by way of its half of `tile`, a tile of 128 rows that it has no more use for. `done` hears of it
+/// when the half may be written again.
+template <int D>
+__device__ inline void store_rows(const float (&x)[D / 2], const float (&scale)[2], const bool (&keep)[2], char* tile,
+                                  const CUtensorMap& map, hopper::barrier& done, int t0, int T, int h, int b, int group,
+                                  int thread, int barrier_id) {
+  using namespace hopper;
+  const int lane = thread % 32, row = 64 * group + thread / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int c = 0; c < D / 16; ++c) {
+    std::uint32_t word[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      word[j] = keep[j & 1] ? rounded_pair(x[8 * c + 2 * j] * scale[j & 1], x[8 * c + 2 * j + 1] * scale[j & 1]) : 0;
+    store_blocks(tile + chunk_offset(tile_rows, row, 2 * c + lane / 16), word[0], word[1], word[2], word[3]);
+  }
+  fence_async_proxy();
+  sync_threads(barrier_id, group_threads);
+  if (thread == 0) {
+    if (const int t = t0 + 64 * group; t < T)
+      for (int c = 0; c < D; c += panel_channels)
+        store_panel(map, tile + c * tile_rows * 2 + 64 * group * row_bytes, c, t, h, b);
+    commit_stores();
+    wait_stores_read();
+    done.arrive();
+  }
+  __syncwarp();
+}
 
 }  // namespace ratplus::cuda::detail

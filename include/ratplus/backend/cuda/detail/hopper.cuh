@@ -146,6 +146,14 @@ __device__ inline void load_panel(void* to, const CUtensorMap& map, barrier& don
       : "memory");
 }
 
+/// `bytes` neighbours, both ends and the count at multiples of 16: global → shared memory.
+__device__ inline void load_bytes(void* to, const void* from, int bytes, barrier& done) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&done))
+               : "memory");
+}
+
 /// One panel: shared memory → global.
 __device__ inline void store_panel(const CUtensorMap& map, const void* from, int channel, int row, int head,
                                    int sequence) {
