@@ -44,18 +44,22 @@ struct key_stretch {
 struct lane_bounds {
   std::int32_t begin[tile_queries], end[tile_queries];
 
-  /// Lanes for the queries at positions first, …, first + n − 1; lanes beyond n repeat the last query.
+  /// Run r of the queries at positions first, …, first + n − 1, of which `tile` is the union; lanes beyond n repeat the
+  /// last query.
   template <Pattern P>
   void set(const P& pattern, int r, index_t first, index_t n, const key_run& tile) {
+    key_run last = tile;  // bounds mostly stay from query to query, and divisions are slow
+    std::int32_t from = 0, to = 0;
     for (index_t q = 0; q < tile_queries; ++q) {
       if (q < n) {
         const key_run run = pattern.keys(first + q)[r];
-        begin[q] = static_cast<std::int32_t>(run.begin == tile.begin ? 0 : (run.begin - tile.begin) / tile.step);
-        end[q] = begin[q] + static_cast<std::int32_t>(run.count());
-      } else {
-        begin[q] = begin[n - 1];
-        end[q] = end[n - 1];
+        if (run.begin != last.begin) from = static_cast<std::int32_t>((run.begin - tile.begin) / tile.step);
+        if (q == 0 || run.begin != last.begin || run.end != last.end)
+          to = from + static_cast<std::int32_t>(run.count());
+        last = run;
       }
+      begin[q] = from;
+      end[q] = to;
     }
   }
 
