@@ -75,6 +75,7 @@ struct goes_back {  // the runs trade places at every other query
   constexpr index_t last_query(index_t key, index_t T) const { return key == 0 ? T - 1 : key; }
 };
 static_assert(Pattern<blocks> && !SparsePattern<blocks>);
+static_assert(Schedule<blocks> && Schedule<by_layer<blocks, by_head<dense, blocks>>>);
 
 }  // namespace
 

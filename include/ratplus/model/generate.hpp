@@ -20,7 +20,7 @@ struct generation_options {
 /// new tokens. Returns the new tokens of each sequence; `on_token(sequence, token)` is called as each is chosen. Every
 /// prompt needs at least one token; the cache needs room for prompt + tokens − 1 positions of each sequence, else
 /// cache_full is thrown before it is changed.
-template <Context Ctx, class Model, Schedule S, class Cache>
+template <Context Ctx, class Model, class S, class Cache>
 std::vector<std::vector<token_t>> generate(Ctx& ctx, Model& model, const S& schedule, Cache& cache,
                                            const std::vector<std::vector<token_t>>& prompts,
                                            const generation_options& options,

@@ -7,6 +7,7 @@
 
 #include "ratplus/nn/config.hpp"
 #include "ratplus/nn/mixer.hpp"
+#include "ratplus/pattern/parse.hpp"
 
 namespace ratplus {
 
@@ -16,10 +17,11 @@ class kv_cache {
  public:
   /// For `batch` sequences of up to `positions` positions each, kept under `kept`: it answers that schedule and every
   /// one whose keys it holds (`serves`).
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   requires std::same_as<typename Ctx::space, Space> kv_cache(Ctx& ctx, const model_config& config, const S& kept,
                                                              index_t batch, index_t positions)
       : positions_(positions), first_(static_cast<std::size_t>(batch), token_t{0}), first_there_(batch) {
+    require_schedule<S>();
     if (batch < 1) throw value_error(message("cache: batch of ", batch, " sequences"));
     if (positions < 1) throw value_error(message("cache: capacity of ", positions, " positions"));
     const index_t H = config.num_heads, d = config.head_size();
@@ -87,8 +89,8 @@ class kv_cache {
           const any_sparse& kept = layers_[i].heads[static_cast<std::size_t>(h)].where.kept();
           const any_sparse want = visit_head(heads, h, H, [](const auto& p) { return kept_pattern(p); });
           if (!serves(kept, want))
-            throw value_error(message("cache: layer ", i, " head ", h, " keeps ", text(kept),
-                                      ", which does not hold the keys of ", text(want)));
+            throw value_error(message("cache: layer ", i, " head ", h, " keeps ", to_string(kept),
+                                      ", which does not hold the keys of ", to_string(want)));
         }
       });
   }
@@ -132,11 +134,6 @@ class kv_cache {
     tensor<KV, 3, Space> k_pool, v_pool;
     tensor<A, 3, Space> k_state, v_state;
   };
-
-  static std::string text(const any_sparse& p) {
-    return message("(dilation ", p.anchored() ? std::to_string(p.dilation()) : "none", ", window ", p.window(),
-                   ", sinks ", p.sinks(), ")");
-  }
 
   template <Context Ctx>
   void publish(Ctx& ctx) {

@@ -38,8 +38,10 @@ struct token_batch {
 
 /// T: type of products and activations. Parameters and gradients are held in accumulator_t<T>. A model may be used by
 /// one thread at a time: it keeps its activations between calls.
-template <Cell C, class T = float, class Space = host_space>
+template <class C, class T = float, class Space = host_space>
 class language_model {
+  static_assert((require_cell<C>(), true));
+
  public:
   using scalar = T;
   using A = accumulator_t<T>;
@@ -52,7 +54,6 @@ class language_model {
   requires std::same_as<typename Ctx::space, Space> language_model(Ctx& ctx, const model_config& config,
                                                                    C cell = default_cell())
       : config_((validate(config), config)), cell_(cell), layout_(config, C::gated), master_(layout_.size()) {
-    require_cell<C>();
     fill(ctx, master_.view(), A(0));
     if constexpr (!std::same_as<T, A>) products_ = tensor<T, 1, Space>(layout_.size());
   }
@@ -93,8 +94,9 @@ class language_model {
   }
 
   /// tokens (B, T) in host memory → logits (B, T, V), written, in the model's space.
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   void forward(Ctx& ctx, const S& schedule, view<const token_t, 2> tokens, view<A, 3> logits) {
+    require_schedule<S>();
     const batch_shape s = check_tokens(tokens);
     ratplus::detail::check_shape("forward", "logits", logits, {{s.batch, s.rows, config_.vocab_size}});
     workspace& w = prepare(s, false);
@@ -104,8 +106,9 @@ class language_model {
   }
 
   /// The same, returning the logits.
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   [[nodiscard]] tensor<A, 3, Space> forward(Ctx& ctx, const S& schedule, view<const token_t, 2> tokens) {
+    require_schedule<S>();
     tensor<A, 3, Space> logits(tokens.extent(0), tokens.extent(1), config_.vocab_size);
     forward(ctx, schedule, tokens, logits.view());
     return logits;
@@ -113,18 +116,20 @@ class language_model {
 
   /// Mean cross-entropy in nats over the labels that count. `weight` replaces 1 / their number (for a mean over several
   /// batches).
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   [[nodiscard]] double loss(Ctx& ctx, const S& schedule, const token_batch& batch,
                             std::optional<double> weight = std::nullopt) {
+    require_schedule<S>();
     workspace& w = prepare_labelled(ctx, batch, false);
     run_blocks(ctx, schedule, w, nullptr_cache(), {});
     return head_loss(ctx, w, weight.value_or(mean_weight(batch)), nullptr);
   }
 
   /// The same, and the gradient of what it returns, added to `gradients` (laid out like the parameters).
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   [[nodiscard]] double loss_and_gradients(Ctx& ctx, const S& schedule, const token_batch& batch, view<A, 1> gradients,
                                           std::optional<double> weight = std::nullopt) {
+    require_schedule<S>();
     ratplus::detail::check_shape("loss_and_gradients", "gradients", gradients, {{layout_.size()}});
     workspace& w = prepare_labelled(ctx, batch, true);
     run_blocks(ctx, schedule, w, nullptr_cache(), {});
@@ -138,9 +143,10 @@ class language_model {
   /// and writes the logits of every row, (B, n, V). lengths (B), host: sequence b takes its first lengths[b] tokens
   /// only (0: none); its other rows of logits are of no meaning. Throws cache_full, before anything is changed, when a
   /// sequence would outgrow the cache.
-  template <Context Ctx, Schedule S, class KV>
+  template <Context Ctx, class S, class KV>
   void extend(Ctx& ctx, const S& schedule, kv_cache<KV, Space, A>& cache, view<const token_t, 2> tokens,
               std::optional<std::vector<token_t>> lengths, view<A, 3> logits) {
+    require_schedule<S>();
     const batch_shape s = check_tokens(tokens);
     ratplus::detail::check_shape("extend", "logits", logits, {{s.batch, s.rows, config_.vocab_size}});
     workspace& w = extend_blocks(ctx, schedule, cache, tokens, s, lengths);
@@ -148,9 +154,10 @@ class language_model {
   }
 
   /// The same, writing the logits (B, V) after each sequence's last new token alone.
-  template <Context Ctx, Schedule S, class KV>
+  template <Context Ctx, class S, class KV>
   void extend(Ctx& ctx, const S& schedule, kv_cache<KV, Space, A>& cache, view<const token_t, 2> tokens,
               std::optional<std::vector<token_t>> lengths, view<A, 2> logits) {
+    require_schedule<S>();
     const batch_shape s = check_tokens(tokens);
     ratplus::detail::check_shape("extend", "logits", logits, {{s.batch, config_.vocab_size}});
     workspace& w = extend_blocks(ctx, schedule, cache, tokens, s, lengths);
@@ -171,9 +178,10 @@ class language_model {
   /// One decoding step that never leaves the model's space, for replaying (ops/replay.hpp): tokens (B) and active (B),
   /// 1 or 0, lie there; sequences with active[b] = 0 stay where they are. Call cache.grow(active) first: only the host
   /// can refuse.
-  template <Context Ctx, Schedule S, class KV>
+  template <Context Ctx, class S, class KV>
   void decode_step(Ctx& ctx, const S& schedule, kv_cache<KV, Space, A>& cache, view<const token_t, 1> tokens,
                    view<const token_t, 1> active, view<A, 2> logits) {
+    require_schedule<S>();
     const batch_shape s{cache.batch(), 1};
     ratplus::detail::check_shape("decode_step", "tokens", tokens, {{s.batch}});
     ratplus::detail::check_shape("decode_step", "active", active, {{s.batch}});

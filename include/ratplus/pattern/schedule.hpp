@@ -151,8 +151,6 @@ struct any_visitor {
 template <class S>
 concept Schedule = HeadPattern<S> || requires(const S& s) {
   s.visit_layer(index_t{}, detail::any_visitor{});
-} || requires(const S& s) {
-  s.layers;
 };
 
 /// Turns an unsatisfied Schedule into a sentence about the Pattern it might have been.

@@ -36,7 +36,7 @@ class training {
         clip_(clip) {}
 
   /// Forward and backward over all micro-batches of one batch under `schedule`, clip, update. Throws not_finite.
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   step_report step(Ctx& ctx, const S& schedule, std::span<const token_batch> micro_batches, double lr) {
     index_t labels = 0;
     for (const token_batch& batch : micro_batches) labels += counted_labels(batch.labels);
@@ -60,7 +60,7 @@ class training {
   };
 
   /// Both halves of a joint iteration, at one learning rate.
-  template <Context Ctx, Schedule S>
+  template <Context Ctx, class S>
   joint_report joint_step(Ctx& ctx, const S& sparse, std::span<const token_batch> micro_batches, double lr) {
     joint_report report;
     report.sparse = step(ctx, sparse, micro_batches, lr);
