@@ -6,6 +6,7 @@
 #error "ratplus/cuda.cuh is for files compiled by nvcc (*.cu); host programs include ratplus/ratplus.hpp"
 #endif
 
+#include "ratplus/backend/cuda/attend.cuh"
 #include "ratplus/backend/cuda/cache.cuh"
 #include "ratplus/backend/cuda/context.cuh"
 #include "ratplus/backend/cuda/embed.cuh"
@@ -16,4 +17,5 @@
 #include "ratplus/backend/cuda/memory.cuh"
 #include "ratplus/backend/cuda/norm.cuh"
 #include "ratplus/backend/cuda/sample.cuh"
+#include "ratplus/backend/cuda/scan.cuh"
 #include "ratplus/backend/cuda/step.cuh"

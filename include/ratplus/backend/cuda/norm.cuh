@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(row_threads) rms_norm_backward_kernel(rms_norm
 
 /// sum[i] += Σ_r partial(r, i).
 template <class = void>
-__global__ void __launch_bounds__(row_threads) add_rows(const float* partial, index_t rows, view<float, 1> sum) {
+__global__ void __launch_bounds__(row_threads)
+    sum_partial_rows(const float* partial, index_t rows, view<float, 1> sum) {
   const index_t i = static_cast<index_t>(blockIdx.x) * row_threads + threadIdx.x, d = sum.extent(0);
   if (i >= d) return;
   float total = 0;
@@ -124,7 +125,7 @@ void rms_norm_backward_on(context& ctx, const rms_norm_backward_args<T>& p) {
   detail::launch(ctx, "rms_norm backward",
                  wide ? detail::rms_norm_backward_kernel<V, T> : detail::rms_norm_backward_kernel<1, T>, dim3(blocks),
                  dim3(detail::row_threads), shared, p, partial);
-  detail::launch(ctx, "rms_norm backward", detail::add_rows<>,
+  detail::launch(ctx, "rms_norm backward", detail::sum_partial_rows<>,
                  dim3(static_cast<unsigned>(detail::ceil_div(d, detail::row_threads))), dim3(detail::row_threads), 0,
                  static_cast<const float*>(partial), static_cast<index_t>(blocks), p.dweight);
 }

@@ -68,6 +68,37 @@ __device__ void store(T* p, const float (&x)[V]) {
   *reinterpret_cast<packed<T, V>*>(p) = narrow<T, V>(x);
 }
 
+/// V consecutive channels as stored, in whole registers: pairs of bfloat16 stay together.
+template <class T, int V>
+struct raw_channels {
+  static constexpr int words = V * static_cast<int>(sizeof(T)) / 4;
+  static constexpr int piece = words < 4 ? words : 4;  // of one access
+  unsigned word[words];
+
+  __device__ void read(const T* p) {
+#pragma unroll
+    for (int i = 0; i < words; i += piece) {
+      const auto all = reinterpret_cast<const packed<unsigned, piece>*>(p)[i / piece];
+#pragma unroll
+      for (int j = 0; j < piece; ++j) word[i + j] = all.at[j];
+    }
+  }
+  __device__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4)
+      return __uint_as_float(word[i]);
+    else
+      return __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xffff0000u);
+  }
+};
+template <>
+struct raw_channels<bfloat16, 1> {
+  static constexpr int words = 1;
+  unsigned word[1];
+
+  __device__ void read(const bfloat16* p) { word[0] = p->bits; }
+  __device__ float operator[](int) const { return __uint_as_float(word[0] << 16); }
+};
+
 /// Largest access of T.
 template <class T>
 inline constexpr int widest = 16 / static_cast<int>(sizeof(T));
@@ -81,8 +112,21 @@ template <class T, int R>
   return true;
 }
 
-/// x to the power e, sigmoid: MUFU-based, relative error a few 2⁻²².
-__device__ inline float fast_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+/// 2^x and 1 / x as the hardware has them: relative error about 2⁻²², denormals are zero.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+inline constexpr float log2_of_e = 1.44269504f;
+
+__device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-log2_of_e * x)); }
 
 /// The scalar of a cell on the device.
 struct lane {

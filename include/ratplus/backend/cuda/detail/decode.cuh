@@ -1,0 +1,302 @@
+#pragma once
+// Attention of a few rows over a cache: every key and value is read once and used once, so the only aim is to keep the
+// memory busy. A block takes one row of one head and a share of its keys, a warp 32 lanes · 16 bytes of keys and of
+// values at a time; 8 of each are in flight before the first is used. Where rows and heads are too few for the card the
+// keys are split over several blocks, and the last one to finish combines the partial softmaxes, always in the same
+// order.
+//
+// Positions are read on the device: the same launch serves every step, so a captured graph can be replayed. A row whose
+// keys are far apart (anchors of a denser cache) and the wrap of the window's ring are segments with a stride; nothing
+// is gathered. Any number of rows is correct, but rows of a sequence share no reads: beyond a few, use a tiled kernel.
+
+#include "ratplus/backend/cuda/context.cuh"
+#include "ratplus/backend/cuda/detail/heads.cuh"
+#include "ratplus/backend/cuda/detail/vector.cuh"
+#include "ratplus/ops/attend.hpp"
+#include "ratplus/pattern/tiles.hpp"
+
+namespace ratplus::cuda::detail {
+
+inline constexpr int decode_warps = 4;
+inline constexpr int decode_threads = 32 * decode_warps;
+
+/// How a warp holds rows of up to D channels: V consecutive channels a lane and access, `accesses` of them, `lanes`
+/// lanes a key, so that one access of the warp covers `keys` keys, and `batch` of them are read before any is used.
+template <int D, int V>
+struct decode_layout {
+  static constexpr int vector = V;
+  static constexpr int lanes = D / V < 32 ? D / V : 32;
+  static constexpr int keys = 32 / lanes;
+  static constexpr int accesses = D / V / lanes;
+  static constexpr int channels = V * accesses;  // of one lane
+  static constexpr int batch = accesses < 8 ? 8 / accesses : 1;
+  static constexpr int size = D;
+};
+
+/// Consecutive keys at a stride, `count` of them from key and value on.
+template <class S>
+struct key_segment {
+  const S *k, *v;
+  index_t k_stride, v_stride, count;
+};
+
+/// The keys of one row: at most two parts of the past for each run, and one of this call's rows.
+template <class T, class KV>
+struct row_segments {
+  key_segment<KV> past[2 * key_runs::count];
+  key_segment<T> fresh[key_runs::count];
+};
+
+template <class Heads, class T, class KV>
+__device__ void find_segments(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
+                              row_segments<T, KV>& found) {
+  const index_t first = p.past ? p.spans.first[b] : 0, position = first + t;
+  key_runs runs;
+  heads.visit(h, [&](const auto& pattern) { runs = pattern.keys(position); });
+  for (int r = 0; r < key_runs::count; ++r) {
+    const key_run fresh = clip(runs[r], first, position + 1);
+    found.fresh[r] = {p.k.row(b, h, fresh.begin - first), p.v.row(b, h, fresh.begin - first),
+                      fresh.step * p.k.stride(2), fresh.step * p.v.stride(2), fresh.count()};
+    slot_runs slots{};
+    head_slots head{};
+    if (p.past) {
+      head = p.past.heads[h];
+      slots = head.where.find(clip(runs[r], 0, first));
+    }
+    for (int part = 0; part < 2; ++part) {
+      const slot_run& run = slots.part[part];
+      key_segment<KV>& segment = found.past[2 * r + part];
+      segment.count = run.count;
+      if (run.count == 0) continue;
+      segment.k = p.past.k.row(b, head.offset + run.slot);
+      segment.v = p.past.v.row(b, head.offset + run.slot);
+      segment.k_stride = run.step * p.past.k.stride(1);
+      segment.v_stride = run.step * p.past.v.stride(1);
+    }
+  }
+}
+
+/// A lane's share of a partial softmax, in base 2: scores are multiplied by log₂ e beforehand.
+template <int Channels>
+struct partial_softmax {
+  // Low enough for any score to replace it, finite so that differences are never NaN.
+  float max = -1e30f, sum = 0;
+  float out[Channels] = {};
+
+  __device__ void join(float other_max, float other_sum, const float (&other_out)[Channels]) {
+    const float top = fmaxf(max, other_max), mine = fast_exp2(max - top), theirs = fast_exp2(other_max - top);
+    sum = sum * mine + other_sum * theirs;
+#pragma unroll
+    for (int i = 0; i < Channels; ++i) out[i] = out[i] * mine + other_out[i] * theirs;
+    max = top;
+  }
+};
+
+/// Keys `from` … of a segment, as many as the layout takes at once, into `state`.
+template <class L, class S>
+__device__ void visit_keys(const key_segment<S>& segment, index_t from, index_t d, const float (&q)[L::channels],
+                           partial_softmax<L::channels>& state) {
+  const int lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
+  raw_channels<S, L::vector> k[L::batch][L::accesses], v[L::batch][L::accesses];
+  bool there[L::batch];
+#pragma unroll
+  for (int u = 0; u < L::batch; ++u) {
+    const index_t i = from + u * L::keys + lane_id / L::lanes;
+    there[u] = i < segment.count;
+    const S *key = segment.k + i * segment.k_stride, *value = segment.v + i * segment.v_stride;
+#pragma unroll
+    for (int a = 0; a < L::accesses; ++a) {
+      const int c = a * L::lanes * L::vector + channel;
+      if (there[u] && c < d) {
+        k[u][a].read(key + c);
+        v[u][a].read(value + c);
+      } else {
+#pragma unroll
+        for (unsigned& word : k[u][a].word) word = 0;
+#pragma unroll
+        for (unsigned& word : v[u][a].word) word = 0;
+      }
+    }
+  }
+  float score[L::batch], top = state.max;
+#pragma unroll
+  for (int u = 0; u < L::batch; ++u) {
+    float dot = 0;
+#pragma unroll
+    for (int a = 0; a < L::accesses; ++a)
+#pragma unroll
+      for (int i = 0; i < L::vector; ++i) dot += q[a * L::vector + i] * k[u][a][i];
+#pragma unroll
+    for (int offset = L::lanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+    score[u] = there[u] ? dot : -1e30f;
+    top = fmaxf(top, score[u]);
+  }
+  const float scale = fast_exp2(state.max - top);
+  state.max = top;
+  state.sum *= scale;
+#pragma unroll
+  for (float& o : state.out) o *= scale;
+#pragma unroll
+  for (int u = 0; u < L::batch; ++u) {
+    const float weight = there[u] ? fast_exp2(score[u] - top) : 0.0f;
+    state.sum += weight;
+#pragma unroll
+    for (int a = 0; a < L::accesses; ++a)
+#pragma unroll
+      for (int i = 0; i < L::vector; ++i) state.out[a * L::vector + i] += weight * v[u][a][i];
+  }
+}
+
+/// Partial results of `splits` blocks a row: (rows, splits, D + 2), the sum and the maximum behind the D channels.
+struct decode_partials {
+  float* partial;
+  unsigned* arrived;  // one for each row, zero
+  int splits;
+};
+
+template <class L, class Heads, class T, class KV>
+__global__ void __launch_bounds__(decode_threads)
+    decode_kernel(Heads heads, attend_forward_args<T, KV> p, decode_partials parts) {
+  constexpr int D = L::size;
+  const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
+  const index_t t = blockIdx.y % rows, h = blockIdx.y / rows, b = blockIdx.z;
+  T* out = p.out.row(b, h, t);
+  if (p.spans.length && t >= p.spans.length[b]) {  // padding; every block of this row comes here
+    if (blockIdx.x == 0) {
+      for (index_t c = threadIdx.x; c < d; c += decode_threads) out[c] = from_float<T>(0.0f);
+      if (p.lse && threadIdx.x == 0) p.lse(b, h, t) = 0;
+    }
+    return;
+  }
+  __shared__ row_segments<T, KV> segments;
+  if (threadIdx.x == 0) find_segments(heads, p, b, h, t, segments);
+
+  const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
+  const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
+  float q[L::channels];
+#pragma unroll
+  for (int a = 0; a < L::accesses; ++a)
+#pragma unroll
+    for (int i = 0; i < L::vector; ++i) {
+      const index_t c = a * L::lanes * L::vector + channel + i;
+      q[a * L::vector + i] = c < d ? scale * to_float(p.q(b, h, t, c)) : 0.0f;
+    }
+  __syncthreads();
+
+  // Chunks of all segments are dealt out in turn to all warps of all splits.
+  partial_softmax<L::channels> state;
+  const index_t workers = static_cast<index_t>(parts.splits) * decode_warps;
+  index_t next = static_cast<index_t>(blockIdx.x) * decode_warps + warp;
+  constexpr index_t chunk = L::keys * L::batch;
+  const auto walk = [&](const auto& segment) {
+    const index_t chunks = ceil_div(segment.count, chunk);
+    for (; next < chunks; next += workers) visit_keys<L>(segment, next * chunk, d, q, state);
+    next -= chunks;
+  };
+  for (int i = 0; i < 2 * key_runs::count; ++i) walk(segments.past[i]);
+  for (int i = 0; i < key_runs::count; ++i) walk(segments.fresh[i]);
+
+    // The lanes that hold the same channels of other keys, then the warps.
+#pragma unroll
+  for (int offset = L::lanes; offset < 32; offset *= 2) {
+    float other[L::channels];
+#pragma unroll
+    for (int i = 0; i < L::channels; ++i) other[i] = __shfl_xor_sync(~0u, state.out[i], offset);
+    const float other_max = __shfl_xor_sync(~0u, state.max, offset);
+    const float other_sum = __shfl_xor_sync(~0u, state.sum, offset);
+    state.join(other_max, other_sum, other);
+  }
+  __shared__ float sums[decode_warps], maxima[decode_warps], outs[decode_warps][D];
+  if (lane_id < L::lanes) {
+#pragma unroll
+    for (int a = 0; a < L::accesses; ++a)
+#pragma unroll
+      for (int i = 0; i < L::vector; ++i)
+        outs[warp][a * L::lanes * L::vector + channel + i] = state.out[a * L::vector + i];
+    if (lane_id == 0) {
+      sums[warp] = state.sum;
+      maxima[warp] = state.max;
+    }
+  }
+  __syncthreads();
+  // Joins n partial results for channel c and gives (maximum, sum, weighted values).
+  const auto join = [](int n, const auto& max_of, const auto& sum_of, const auto& out_of) {
+    partial_softmax<1> joined;
+    for (int i = 0; i < n; ++i) joined.join(max_of(i), sum_of(i), {out_of(i)});
+    return joined;
+  };
+  const auto finish = [&](index_t c, const partial_softmax<1>& joined) {
+    if (c < d) out[c] = from_float<T>(joined.out[0] / joined.sum);
+    if (p.lse && c == 0) p.lse(b, h, t) = (joined.max + log2f(joined.sum)) / log2_of_e;
+  };
+  const index_t row = (b * H + h) * rows + t;
+  float* partial = parts.partial + row * parts.splits * (D + 2);
+  for (int c = threadIdx.x; c < D; c += decode_threads) {
+    const auto joined = join(
+        decode_warps, [&](int w) { return maxima[w]; }, [&](int w) { return sums[w]; },
+        [&](int w) { return outs[w][c]; });
+    if (parts.splits == 1) {
+      finish(c, joined);
+    } else {
+      float* mine = partial + blockIdx.x * (D + 2);
+      mine[c] = joined.out[0];
+      if (c == 0) {
+        mine[D] = joined.sum;
+        mine[D + 1] = joined.max;
+      }
+    }
+  }
+  if (parts.splits == 1) return;
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(parts.arrived + row, 1u) + 1 == static_cast<unsigned>(parts.splits);
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int c = threadIdx.x; c < D; c += decode_threads)
+    finish(c, join(
+                  parts.splits, [&](int i) { return __ldcg(partial + i * (D + 2) + D + 1); },
+                  [&](int i) { return __ldcg(partial + i * (D + 2) + D); },
+                  [&](int i) { return __ldcg(partial + i * (D + 2) + c); }));
+  if (threadIdx.x == 0) parts.arrived[row] = 0;
+}
+
+/// `slots`: the most that one head has in the pool.
+template <class L, class Heads, class T, class KV>
+void launch_decode(context& ctx, const Heads& heads, const attend_forward_args<T, KV>& p, index_t slots) {
+  const index_t B = p.q.extent(0), H = p.q.extent(1), n = p.q.extent(2), rows = B * H * n;
+  if (H * n > 65535 || B > 65535)
+    throw shape_error(
+        message("attend: decoding takes at most 65535 heads times rows and sequences, got ", H, " × ", n, " and ", B));
+  // Enough blocks for several waves of the card, but at least two chunks for each of their warps.
+  const index_t useful = ceil_div(slots + n, index_t{2} * L::keys * L::batch * decode_warps);
+  const index_t wanted = index_t{16} * ctx.multiprocessors() / rows;
+  const index_t splits = wanted < useful ? wanted : useful;
+  decode_partials parts{nullptr, nullptr, static_cast<int>(splits > 1 ? splits : 1)};
+  if (parts.splits > 1) {
+    parts.partial =
+        static_cast<float*>(ctx.scratch(static_cast<std::size_t>(rows * parts.splits * (L::size + 2)) * sizeof(float)));
+    parts.arrived = ctx.counters(static_cast<std::size_t>(rows));
+  }
+  const dim3 grid(static_cast<unsigned>(parts.splits), static_cast<unsigned>(H * n), static_cast<unsigned>(B));
+  launch(ctx, "attend: decode", decode_kernel<L, Heads, T, KV>, grid, dim3(decode_threads), 0, heads, p, parts);
+}
+
+/// attend_forward for calls of few rows (a decoding step and the like), with a past or without. Head sizes up to 256.
+template <class P, class T, class KV>
+void attend_decode(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
+  const index_t d = p.q.extent(3);
+  if (d > 256) throw cuda_error(message("attend: head size ", d, " is not supported on CUDA, at most 256 is"));
+  const auto heads = on_device(pattern, p.q.extent(1));
+  constexpr int V = widest<KV>;
+  const bool wide = d % V == 0 && aligned(p.k, V) && aligned(p.v, V) && aligned(p.past.k, V) && aligned(p.past.v, V);
+  const index_t slots = p.past.k.extent(1) / (head_groups(pattern) == 1 ? p.q.extent(1) : 1);
+  if (!wide) return launch_decode<decode_layout<256, 1>>(ctx, heads, p, slots);
+  if (d <= 32) return launch_decode<decode_layout<32, V>>(ctx, heads, p, slots);
+  if (d <= 64) return launch_decode<decode_layout<64, V>>(ctx, heads, p, slots);
+  if (d <= 128) return launch_decode<decode_layout<128, V>>(ctx, heads, p, slots);
+  return launch_decode<decode_layout<256, V>>(ctx, heads, p, slots);
+}
+
+}  // namespace ratplus::cuda::detail
