@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(row_threads) cache_append_kernel(cache_append_
   }
 }
 
-inline __global__ void __launch_bounds__(row_threads)
+template <class = void>
+__global__ void __launch_bounds__(row_threads)
     cache_advance_kernel(view<token_t, 1> position, view<const token_t, 1> length, token_t rows) {
   for (index_t b = threadIdx.x; b < position.extent(0); b += row_threads) position[b] += length ? length[b] : rows;
 }
@@ -42,7 +43,7 @@ inline __global__ void __launch_bounds__(row_threads)
 }  // namespace detail
 
 inline void cache_advance_on(context& ctx, view<token_t, 1> position, view<const token_t, 1> length, token_t rows) {
-  detail::launch(ctx, "cache advance", detail::cache_advance_kernel, dim3(1), dim3(detail::row_threads), 0, position,
+  detail::launch(ctx, "cache advance", detail::cache_advance_kernel<>, dim3(1), dim3(detail::row_threads), 0, position,
                  length, rows);
 }
 
