@@ -9,11 +9,8 @@
 #include "support/catch.hpp"
 
 #if !defined(__CUDACC__)
-#include "ratplus/backend/reference/backend.hpp"
-#if __has_include("ratplus/backend/cpu/backend.hpp")
 #include "ratplus/backend/cpu/backend.hpp"
-#define RATPLUS_TEST_CPU
-#endif
+#include "ratplus/backend/reference/backend.hpp"
 #endif
 
 namespace ratplus_tests {
@@ -42,21 +39,18 @@ struct backend {
 
 #if defined(__CUDACC__)
 }  // namespace ratplus_tests
-#include "support/backends.cuh"  // cuda_float, cuda_bfloat16 and RATPLUS_TEST_BACKENDS
+#include "support/backends.cuh"  // cuda_float, cuda_bfloat16 and the two lists
 namespace ratplus_tests {
 #else
 struct reference_float : backend<ratplus::reference::context, float> {};
 struct reference_double : backend<ratplus::reference::context, double> {};
 struct reference_bfloat16 : backend<ratplus::reference::context, bfloat16> {};
-#ifdef RATPLUS_TEST_CPU
 struct cpu_float : backend<ratplus::cpu::context, float> {};
 #define RATPLUS_TEST_BACKENDS                                                                         \
   ratplus_tests::reference_float, ratplus_tests::reference_double, ratplus_tests::reference_bfloat16, \
       ratplus_tests::cpu_float
-#else
-#define RATPLUS_TEST_BACKENDS \
-  ratplus_tests::reference_float, ratplus_tests::reference_double, ratplus_tests::reference_bfloat16
-#endif
+/// For whole models in full precision.
+#define RATPLUS_TEST_MODEL_BACKENDS ratplus_tests::reference_double, ratplus_tests::cpu_float
 #endif
 
 /// Sizes at and around the tiles that kernels use, and primes.

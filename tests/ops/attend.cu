@@ -1,0 +1,2 @@
+// ops/attend.cpp on CUDA: the same cases.
+#include "attend.cpp"

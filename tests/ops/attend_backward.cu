@@ -1,0 +1,2 @@
+// ops/attend_backward.cpp on CUDA: the same cases.
+#include "attend_backward.cpp"

@@ -1,0 +1,2 @@
+// ops/decode.cpp on CUDA: the same cases.
+#include "decode.cpp"

@@ -1,0 +1,2 @@
+// ops/embed.cpp on CUDA: the same cases.
+#include "embed.cpp"

@@ -1,0 +1,2 @@
+// ops/gate.cpp on CUDA: the same cases.
+#include "gate.cpp"

@@ -1,0 +1,2 @@
+// ops/golden.cpp on CUDA: the same cases.
+#include "golden.cpp"

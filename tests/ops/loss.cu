@@ -1,0 +1,2 @@
+// ops/loss.cpp on CUDA: the same cases.
+#include "loss.cpp"

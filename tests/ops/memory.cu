@@ -1,0 +1,2 @@
+// ops/memory.cpp on CUDA: the same cases.
+#include "memory.cpp"

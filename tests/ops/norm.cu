@@ -1,0 +1,2 @@
+// ops/norm.cpp on CUDA: the same cases.
+#include "norm.cpp"

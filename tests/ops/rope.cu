@@ -1,0 +1,2 @@
+// ops/rope.cpp on CUDA: the same cases.
+#include "rope.cpp"

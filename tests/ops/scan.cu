@@ -1,0 +1,2 @@
+// ops/scan.cpp on CUDA: the same cases.
+#include "scan.cpp"
