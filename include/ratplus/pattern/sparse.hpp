@@ -66,17 +66,18 @@ struct sparse_rules {
   [[nodiscard]] RATPLUS_HD constexpr const Numbers& self() const { return static_cast<const Numbers&>(*this); }
 };
 
+namespace detail {
+// Overloads and not `if constexpr`, which does not survive nvcc's rewriting of host code in this place.
+constexpr index_t stride_of(undilated_t) { return 1; }
+constexpr index_t stride_of(index_t dilation) { return dilation; }
+}  // namespace detail
+
 /// Compile-time numbers. D is an integer ≥ 1 or `undilated`; W counts the keys before the query; S the first positions
 /// kept.
 template <auto D, index_t W = 0, index_t S = 0>
 struct sparse : sparse_rules<sparse<D, W, S>> {
   static constexpr bool has_anchors = !std::same_as<std::remove_const_t<decltype(D)>, undilated_t>;
-  static constexpr index_t stride = [] {
-    if constexpr (has_anchors)
-      return static_cast<index_t>(D);
-    else
-      return index_t{1};
-  }();
+  static constexpr index_t stride = detail::stride_of(D);
   static_assert(stride >= 1,
                 "ratplus: a dilation must be at least 1 (dilated<1> is dense); see ratplus/pattern/sparse.hpp");
   static_assert(W >= 0, "ratplus: a window must not be negative (0 sees the query's own key only)");
