@@ -5,19 +5,17 @@
 #include "ratplus/backend/cuda/detail/attend_backward_sm90.cuh"
 #include "ratplus/backend/cuda/detail/attend_forward_sm90.cuh"
 #include "ratplus/backend/cuda/detail/attend_rows.cuh"
+#include "ratplus/backend/cuda/detail/decode.cuh"
 
 namespace ratplus::cuda {
 
 namespace detail {
 
 /// Whether the tiled kernels run here and can address these views.
-template <class T, class... Views>
+template <class... Views>
 [[nodiscard]] bool tileable(const context& ctx, index_t d, const Views&... views) {
-  if constexpr (std::is_same_v<T, bfloat16>)
-    return ctx.properties().major == 9 && d <= 128 && (hopper::addressable(rows_of(views)) && ...) &&
-           hopper::compiled(attend_forward_sm90<128, uniform_heads<any_sparse>>);
-  else
-    return false;
+  static const bool compiled = hopper::compiled(attend_forward_sm90<128, uniform_heads<any_sparse>>);
+  return compiled && ctx.properties().major == 9 && d <= 128 && (hopper::addressable(rows_of(views)) && ...);
 }
 
 }  // namespace detail
@@ -26,9 +24,9 @@ template <class P, class T, class KV>
 void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
   const index_t d = p.q.extent(3);
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (!p.past && detail::tileable<T>(ctx, d, p.q, p.k, p.v, p.out))
-      return detail::attend_forward_tiles(ctx, pattern, p);
+    if (!p.past && detail::tileable(ctx, d, p.q, p.k, p.v, p.out)) return detail::attend_forward_tiles(ctx, pattern, p);
   detail::check_head_size("attend", d);
+  if (p.past && p.q.extent(2) <= detail::decoded_rows) return detail::attend_decode(ctx, pattern, p);
   const auto heads = detail::on_device(pattern, p.q.extent(1));
   detail::launch(ctx, "attend", detail::attend_forward_rows<std::remove_const_t<decltype(heads)>, T, KV>,
                  detail::row_blocks(p.q.shape()), 32 * detail::warps_per_block, 0, heads, p,
@@ -39,7 +37,7 @@ template <class P, class T>
 void attend_backward_on(context& ctx, const P& pattern, const attend_backward_args<T>& p) {
   const index_t d = p.q.extent(3);
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (detail::tileable<T>(ctx, d, p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv))
+    if (detail::tileable(ctx, d, p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv))
       return detail::attend_backward_tiles(ctx, pattern, p);
   detail::check_head_size("attend backward", d);
   const auto statistics = detail::statistics_of(ctx, p);

@@ -17,6 +17,9 @@
 
 namespace ratplus::cuda::detail {
 
+/// Calls of up to this many rows after a past are decoded.
+inline constexpr index_t decoded_rows = 16;
+
 inline constexpr int decode_warps = 4;
 inline constexpr int decode_threads = 32 * decode_warps;
 

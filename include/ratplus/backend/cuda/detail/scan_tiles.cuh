@@ -232,9 +232,12 @@ class angle_cursor {
 
  private:
   static __device__ void read(const float* p, float (&x)[V]) {
-    if constexpr (V == 2) {
-      const float2 pair = __ldg(reinterpret_cast<const float2*>(p));
-      x[0] = pair.x, x[1] = pair.y;
+    if constexpr (V % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < V; i += 2) {
+        const float2 pair = __ldg(reinterpret_cast<const float2*>(p + i));
+        x[i] = pair.x, x[i + 1] = pair.y;
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) x[i] = __ldg(p + i);
