@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def milliseconds(f, repeats=5):
+def milliseconds(f, repeats=3):
     f()
     times = []
     for _ in range(repeats):
@@ -47,7 +47,7 @@ def measure(name, pattern, shape, attend):
         forward = milliseconds(lambda: attend(q, k, v))
     out = attend(q, k, v)
     dout = torch.randn_like(out)
-    backward = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), 3)
+    backward = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), 2)
     report(name, pattern, shape, forward, backward)
 
 
