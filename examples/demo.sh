@@ -3,7 +3,7 @@
 # (400 iterations; 1500 take four times as long). Installs what is missing (Debian, Ubuntu), builds, and
 #   - pretrains a small RAT+ jointly on the bytes of the King James Bible, and with the same number of optimiser steps the
 #     attention baseline;
-#   - adapts both to each sparse pattern, in a tenth of the steps at a tenth of the rate;
+#   - adapts both to each sparse pattern, in a tenth of the optimiser steps at a tenth of the rate;
 #   - prints one table of held-out bits per byte, draws it with the training curves, and writes a passage.
 # Everything it makes is in build/demo/ITERATIONS. A demo that was interrupted goes on where it was; remove the folder to
 # start anew.
@@ -53,8 +53,8 @@ study() {
   train "$name" pretrain --d-model 128 --layers 4 --heads 4 --seq-len 256 --lr 3e-3 --warmup 0.05 --iterations "$steps" "$@"
   evaluate "$name" dense "${patterns[@]}"
   for pattern in "${patterns[@]}"; do
-    train "$name/adapted/${pattern//:/}" adapt --model "$out/$name" --pattern "$pattern" --lr 3e-4 --iterations $((steps / 10)) \
-      --eval-every 0
+    train "$name/adapted/${pattern//:/}" adapt --model "$out/$name" --pattern "$pattern" --lr 3e-4 \
+      --iterations $((2 * iterations / 10)) --eval-every 0
     evaluate "$name/adapted/${pattern//:/}" "$pattern"
   done
 }

@@ -171,6 +171,7 @@ void draw_curves(drawing& d, const std::vector<model>& models, double left, doub
       steps = std::max(steps, c.points.back().first);
       for (const auto& point : c.points) low = std::min(low, point.second);
     }
+  steps = std::ceil(steps / 100) * 100;  // a curve ends half a span early
   const scale x{0, steps, left, right}, y{std::floor(low * 2) / 2, 5, bottom, top};
   d.text(left, top - 30, "Training loss, bits per byte", ink, "start", "font-weight=\"bold\" font-size=\"15\"");
   for (double bits = y.from; bits <= y.to + 1e-9; bits += 0.5) {

@@ -54,7 +54,7 @@ struct pretrain_options {
 };
 
 struct adapt_options {
-  training_options training = {.iterations = 40, .lr = 8e-5};
+  training_options training = {.iterations = 80, .lr = 8e-5, .seed = 2};  // other batches than pretraining's
   std::string model;
   named_schedule pattern = {};
 };
