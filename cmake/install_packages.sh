@@ -8,7 +8,7 @@ set -euo pipefail
 packages=()
 for name in "$@"; do
   case $name in
-    test) packages+=(catch2 libbenchmark-dev pkg-config clang libclang-rt-dev libomp-dev clang-format) ;;&
+    test) packages+=(catch2 libbenchmark-dev pkg-config libopenblas-dev clang libclang-rt-dev libomp-dev clang-format) ;;&
     build | test) packages+=(g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev) ;;
     *) packages+=("$name") ;;
   esac

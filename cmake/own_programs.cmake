@@ -18,6 +18,11 @@ target_compile_options(ratplus_own INTERFACE $<${cxx}:-Wall;-Wextra;-Wconversion
 if(RATPLUS_NATIVE)
   target_compile_options(ratplus_own INTERFACE $<${cxx}:-march=native>)
 endif()
+if(RATPLUS_BLAS)
+  find_package(BLAS REQUIRED)
+  target_compile_definitions(ratplus_own INTERFACE EIGEN_USE_BLAS)
+  target_link_libraries(ratplus_own INTERFACE BLAS::BLAS)
+endif()
 if(RATPLUS_SANITIZE)
   string(REPLACE ";" "," sanitize "${RATPLUS_SANITIZE}")
   target_compile_options(ratplus_own INTERFACE
