@@ -5,12 +5,16 @@
 //     Vᵀ P
 //
 // with queries as lanes (detail/query_tile.hpp says why). The backward pass recomputes P from lse, stretch by stretch.
-// Memory is one tile per thread; the gradients of keys and values are summed in the order of the query tiles.
+// A query or two alone (decoding) would leave most lanes empty: there scores are dot products along the rows of keys,
+// and long runs are cut into splits whose partial softmaxes are combined. Memory is one tile per thread; the gradients
+// of keys and values are summed in the order of the query tiles.
 
 #include <cmath>
 
 #include "ratplus/backend/cpu/context.hpp"
+#include "ratplus/backend/cpu/detail/dots.hpp"
 #include "ratplus/backend/cpu/detail/query_tile.hpp"
+#include "ratplus/core/softmax_state.hpp"
 
 namespace ratplus::cpu {
 
@@ -254,12 +258,147 @@ void attend_tile_backward(const P& pattern, const attend_backward_args<float>& p
   transpose_out(tile.dq, n, d, tile.lse, p.dq.row(b, h, t0), p.dq.stride(2));
 }
 
+/// A lone query under way: the state of its softmax and Σ e^{s − max} v.
+struct forward_query {
+  index_t d;
+  softmax_state<float> state;  // of scores in base 2
+  float *q, *o;                // (padded(d)); q scaled for scores in base 2
+  float* scores;               // (query_keys)
+
+  static constexpr index_t query_keys = 128;
+  static_assert(query_keys % pack_width == 0);
+  [[nodiscard]] static index_t floats(index_t d) { return 2 * padded(d) + query_keys; }
+
+  forward_query(index_t head_size, const float* query, float* memory)
+      : d(head_size), q(memory), o(q + padded(d)), scores(o + padded(d)) {
+    std::fill_n(q, 2 * padded(d), 0.0f);
+    const float scale = log2_e / std::sqrt(static_cast<float>(d));
+    for (index_t c = 0; c < d; ++c) q[c] = query[c] * scale;
+  }
+
+  template <class KV>
+  void visit(const KV* k, index_t k_stride, const KV* v, index_t v_stride, index_t rows) {
+    for (index_t j = 0; j < rows; j += query_keys)
+      visit_block(k + j * k_stride, k_stride, v + j * v_stride, v_stride, std::min(query_keys, rows - j));
+  }
+
+ private:
+  template <class KV>
+  void visit_block(const KV* k, index_t k_stride, const KV* v, index_t v_stride, index_t rows) {
+    pack top(state.sum > 0 ? state.max : std::numeric_limits<float>::lowest());
+    for (index_t j = 0; j < rows; j += pack_width) {
+      // Rows that do not exist repeat the last: no new maximum.
+      const pack s = dots<1>(d, q, 0, k + j * k_stride, k_stride, rows - j);
+      store(scores + j, s);
+      top = maximum(s, top);
+    }
+    const float max = maximum(top), factor = state.sum > 0 ? std::exp2(state.max - max) : 0.0f;
+    for (index_t j = 0; j < rows; j += pack_width) store(scores + j, exp2(load(scores + j) - pack(max)));
+    float total = 0;
+    for (index_t j = 0; j < rows; ++j) total += scores[j];
+    state = {max, state.sum * factor + total};
+    index_t c = 0;
+    for (; c + 4 * pack_width <= d; c += 4 * pack_width) add_values<4>(v, v_stride, rows, factor, c);
+    for_each_pack(d - c, [&](index_t i, auto lanes) {
+      pack sum = load(o + c + i) * pack(factor);
+      for (index_t j = 0; j < rows; ++j)
+        sum = multiply_add(pack(scores[j]), load(v + j * v_stride + c + i, lanes), sum);
+      store(o + c + i, sum);
+    });
+  }
+
+  template <int N, class KV>
+  void add_values(const KV* v, index_t v_stride, index_t rows, float factor, index_t c) {
+    pack sum[N];
+    unroll<N>([&](auto n) RATPLUS_INLINE_LAMBDA { sum[n] = load(o + c + n * pack_width) * pack(factor); });
+    for (index_t j = 0; j < rows; ++j) {
+      const pack p(scores[j]);
+      const KV* const row = v + j * v_stride + c;
+      unroll<N>([&](auto n) RATPLUS_INLINE_LAMBDA { sum[n] = multiply_add(p, load(row + n * pack_width), sum[n]); });
+    }
+    unroll<N>([&](auto n) RATPLUS_INLINE_LAMBDA { store(o + c + n * pack_width, sum[n]); });
+  }
+};
+
+/// Query t of one head over its keys number [total · split / splits, total · (split + 1) / splits): max, sum and o.
+template <Pattern P, class KV>
+void attend_split(const P& pattern, const attend_forward_args<float, KV>& p, index_t b, index_t h, index_t t,
+                  index_t split, index_t splits, float* result, float* scratch) {
+  const index_t d = p.q.extent(3), first = p.past ? p.spans.first[b] : 0;
+  forward_query query(d, p.q.row(b, h, t), scratch);
+  const key_runs runs = pattern.keys(first + t);
+  const index_t total = runs.keys(), from = total * split / splits, to = total * (split + 1) / splits;
+  index_t before = 0;  // keys of the runs so far
+  for (const key_run& run : runs.run) {
+    if (run.empty()) continue;
+    for_each_part(p, b, h, first, run, [&](const auto& rows) {
+      const index_t begin = std::max(rows.begin, from - before), end = std::min(rows.end, to - before);
+      if (begin >= end) return;
+      const index_t skip = begin - rows.begin;
+      query.visit(rows.k + skip * rows.k_stride, rows.k_stride, rows.v + skip * rows.v_stride, rows.v_stride,
+                  end - begin);
+    });
+    before += run.count();
+  }
+  result[0] = query.state.max;
+  result[1] = query.state.sum;
+  std::copy_n(query.o, d, result + 2);
+}
+
+/// Joins the splits of query t, which lie `stride` floats apart.
+template <class KV>
+void join_splits(const attend_forward_args<float, KV>& p, index_t b, index_t h, index_t t, float* result,
+                 index_t splits, index_t stride) {
+  const index_t d = p.q.extent(3);
+  float max = result[0], sum = 0;
+  for (index_t i = 1; i < splits; ++i) max = std::max(max, result[i * stride]);
+  float* const out = p.out.row(b, h, t);
+  std::fill_n(out, d, 0.0f);
+  for (index_t i = 0; i < splits; ++i) {
+    const float* const part = result + i * stride;
+    const float factor = part[1] > 0 ? std::exp2(part[0] - max) : 0.0f;
+    sum += factor * part[1];
+    for (index_t c = 0; c < d; ++c) out[c] += factor * part[2 + c];
+  }
+  for (index_t c = 0; c < d; ++c) out[c] /= sum;
+  if (p.lse) p.lse(b, h, t) = max * ln_2 + std::log(sum);
+}
+
+/// Few queries, each with dot products along the rows of its keys.
+template <class P, class KV>
+void attend_few(context& ctx, const P& pattern, const attend_forward_args<float, KV>& p) {
+  constexpr index_t enough_items = 8;
+  const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
+  const index_t queries = B * H * T, splits = (enough_items + queries - 1) / queries, stride = padded(d + 2);
+  float* const results = ctx.shared_scratch(queries * splits * stride);
+  const index_t keys = (p.past ? p.past.k.extent(1) / H : 0) + T;
+  ctx.parallel_for(queries * splits, 4 * d * keys / splits, forward_query::floats(d),
+                   [&](index_t item, float* scratch) {
+                     const index_t query = item / splits, b = query / (H * T), h = query / T % H, t = query % T;
+                     if (t < reference::rows_in_use(p.spans, b, T))
+                       visit_head(pattern, h, H, [&](const auto& one) {
+                         attend_split(one, p, b, h, t, item % splits, splits, results + item * stride, scratch);
+                       });
+                   });
+  for (index_t query = 0; query < queries; ++query) {
+    const index_t b = query / (H * T), h = query / T % H, t = query % T;
+    if (t < reference::rows_in_use(p.spans, b, T)) {
+      join_splits(p, b, h, t, results + query * splits * stride, splits, stride);
+    } else {
+      zero_rows(p.out, b, h, t, t + 1);
+      if (p.lse) p.lse(b, h, t) = 0.0f;
+    }
+  }
+}
+
 }  // namespace detail
 
 template <class P, class KV>
 void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args<float, KV>& p) {
   using namespace detail;
   const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
+  constexpr index_t few = 2;
+  if (T <= few) return attend_few(ctx, pattern, p);
   const index_t tiles = (T + tile_queries - 1) / tile_queries;
   const index_t work = tile_queries * d * T;
   ctx.parallel_for(B * H * tiles, work, forward_tile::floats(d), [&](index_t item, float* scratch) {

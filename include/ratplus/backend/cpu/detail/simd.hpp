@@ -154,21 +154,25 @@ RATPLUS_INLINE pack sigmoid(pack x) {
   return select(x.v >= pack::floats{}, one, e) / (one + e);
 }
 
-/// Rows and columns exchanged: pack_width stages of interleaving halves.
+/// Lanes of `a` and `b` alternating, from their lower (0) or upper (1) halves.
+template <int half, int... I>
+RATPLUS_INLINE pack interleave(pack a, pack b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a.v, b.v, ((I + half * pack_width) / 2 + (I % 2) * pack_width)...);
+}
+
+/// Rows and columns exchanged: log2(pack_width) stages, each interleaving the rows of one half with those of the other.
+template <int stage = 1>
 RATPLUS_INLINE void transpose(pack (&x)[pack_width]) {
-  constexpr int W = pack_width;
-  const auto interleave =
-      []<int... I>(pack a, pack b, auto high, std::integer_sequence<int, I...>) RATPLUS_INLINE_LAMBDA {
-    return pack(__builtin_shufflevector(a.v, b.v, ((I + high * W) / 2 + (I % 2) * W)...));
-  };
-  constexpr auto lanes = std::make_integer_sequence<int, W>{};
-  for (int stage = 1; stage < W; stage *= 2) {
-    pack y[W];
-    unroll<W / 2>([&](auto i) RATPLUS_INLINE_LAMBDA {
-      y[2 * i] = interleave(x[i], x[i + W / 2], std::integral_constant<int, 0>{}, lanes);
-      y[2 * i + 1] = interleave(x[i], x[i + W / 2], std::integral_constant<int, 1>{}, lanes);
+  if constexpr (stage < pack_width) {
+    constexpr int half = pack_width / 2;
+    constexpr auto lanes = std::make_integer_sequence<int, pack_width>{};
+    pack y[pack_width];
+    unroll<half>([&](auto i) RATPLUS_INLINE_LAMBDA {
+      y[2 * i] = interleave<0>(x[i], x[i + half], lanes);
+      y[2 * i + 1] = interleave<1>(x[i], x[i + half], lanes);
     });
-    unroll<W>([&](auto i) RATPLUS_INLINE_LAMBDA { x[i] = y[i]; });
+    transpose<2 * stage>(y);
+    unroll<pack_width>([&](auto i) RATPLUS_INLINE_LAMBDA { x[i] = y[i]; });
   }
 }
 
