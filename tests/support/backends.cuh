@@ -1,6 +1,7 @@
 #pragma once
 // The CUDA backend for the conformance suite; included by support/backends.hpp alone.
 
+#include "ratplus/backend/reference/backend.hpp"
 #include "ratplus/cuda.cuh"
 
 namespace ratplus_tests {
