@@ -42,8 +42,9 @@ concept HasAdjoint = requires(const C& c, float s, index_t t) {
 ///   cell_gradient<S> adjoint(S h, S x, S g, index_t t, S dh)      h = h_{t−1}, dh the gradient of h_t
 ///   std::string name()                             as config.json calls it; only models that are saved need it
 ///
-/// S is float, double or a pack of floats: use arithmetic and the functions of core/math.hpp, called unqualified, and
-/// branch on t alone; then every backend vectorises the cell. Members are const and RATPLUS_HD.
+/// S is float, double or a pack of floats: use arithmetic and the functions of core/math.hpp, called unqualified (after
+/// `using ratplus::sigmoid;` in a namespace of your own), and branch on t alone; then every backend vectorises the
+/// cell. Members are const and RATPLUS_HD.
 template <class C>
 concept Cell = detail::HasGated<C> && detail::HasStep<C> && detail::HasAdjoint<C>;
 
