@@ -145,7 +145,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
         char* const v = base + memory::v + value.stage * memory::step;
         k_full[key.stage].wait(key.parity);
         v_full[value.stage].wait(value.parity);
-        if (const int end = rows.at[walk.run][tile_rows - 1].end - walk.start; shape.length && end < step_rows) {
+        if (const int end = rows.at[walk.run][tile_rows - 1].end - walk.start; end < step_rows) {
           zero_rows<D, step_rows>(k, end, thread, group_id);
           zero_rows<D, step_rows>(v, end, thread, group_id);
         }

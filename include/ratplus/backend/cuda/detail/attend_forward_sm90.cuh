@@ -182,8 +182,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const auto wait_values = [&](const tile_walk<tile_rows>& walk, int stage, int parity) {
         bar.v_full[stage].wait(parity);
         const int end = rows.at[walk.run][tile_rows - 1].end - walk.start;
-        if (shape.length && end < tile_rows)
-          zero_rows<D, tile_rows>(base + memory::v + stage * memory::tile, end, thread, group_id);
+        if (end < tile_rows) zero_rows<D, tile_rows>(base + memory::v + stage * memory::tile, end, thread, group_id);
       };
 
       bar.q_full[tile.stage].wait(tile.parity);

@@ -157,8 +157,8 @@ template <class Args>
           static_cast<int>(std::clamp<index_t>(kept / bytes, 1, heads))};
 }
 
-/// Zeroes rows [from, 128) of a tile of D channels; the warp group calls it together. Rows beyond a sequence's length
-/// are padding of unknown content, and 0 · NaN is NaN.
+/// Zeroes rows [from, Rows) of a tile of D channels; the warp group calls it together. Rows that no row of the other
+/// side sees may hold anything (padding, keys that were dropped), and 0 · NaN is NaN.
 template <int D, int Rows>
 __device__ inline void zero_rows(char* tile, int from, int thread, int barrier_id) {
   for (int i = thread; i < (Rows - from) * (D / 8); i += hopper::group_threads)
