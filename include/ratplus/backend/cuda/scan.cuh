@@ -200,9 +200,9 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
 }
 
 /// Any cell, row after row. One thread for each place.
-template <class C, class T, int V>
+template <class C, class T>
 __global__ void __launch_bounds__(128) scan_forward_walk(C cell, scan_forward_args<T> p, scan_shape s) {
-  constexpr int N = 2 * V, ahead = 4;  // rows read at once
+  constexpr int V = 1, N = 2, ahead = 4;  // rows read at once
   const index_t column = static_cast<index_t>(blockIdx.x) * 4 + threadIdx.x / column_lanes;
   const scan_place at(s, column, threadIdx.x % column_lanes, V);
   if (!at.active) return;
@@ -498,9 +498,9 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
   }
 }
 
-template <class C, class T, int V>
+template <class C, class T>
 __global__ void __launch_bounds__(128) scan_backward_walk(C cell, scan_backward_args<T> p, scan_shape s) {
-  constexpr int N = 2 * V;
+  constexpr int V = 1, N = 2;
   const index_t column = static_cast<index_t>(blockIdx.x) * 4 + threadIdx.x / column_lanes;
   const scan_place at(s, column, threadIdx.x % column_lanes, V);
   if (!at.active) return;
@@ -582,12 +582,11 @@ __global__ void __launch_bounds__(128) scan_backward_walk(C cell, scan_backward_
 /// Channels of either half that a thread takes, where heads and alignment allow.
 inline constexpr int scan_width = 2;
 
-// Chosen by measurement (bench/results/h200_ops.md): more rows a thread save shared memory traffic until registers
-// spill.
+// As many rows as registers hold without spilling at two blocks of 256 threads a multiprocessor.
 template <class T>
 struct forward_tile : tile_size<16 / static_cast<int>(sizeof(T)), 8, 1, 2> {};
 template <class T>
-struct backward_tile : tile_size<16 / static_cast<int>(sizeof(T)), 8, 1, 2> {};
+struct backward_tile : tile_size<8 / static_cast<int>(sizeof(T)), 8, 1, 2> {};
 
 template <class C>
 constexpr void require_device_cell() {
@@ -595,21 +594,23 @@ constexpr void require_device_cell() {
                 "ratplus: a cell is copied to the device, so it must be trivially copyable");
 }
 
-template <class Size, int V, int Half, class C, class T>
-void scan_forward_tiles(context& ctx, const C& cell, const scan_forward_args<T>& p, const scan_shape& s) {
+template <class Size, int Half, class C, class T>
+void scan_forward_tiles(context& ctx, const C& cell, const scan_forward_args<T>& p, const extents<4>& shape) {
+  const scan_shape s(shape, scan_width);
   const index_t tiles = ceil_div(s.T, Size::rows), blocks = tiles * ceil_div(s.columns, Size::G);
   tile_elements elements;
-  if (!IdentityCell<C> && tiles > 1) elements = make_elements(ctx, tiles, s.columns, 4 * V * column_lanes);
-  launch(ctx, "scan", scan_forward_kernel<C, T, V, Half, Size>, dim3(static_cast<unsigned>(blocks)),
+  if (!IdentityCell<C> && tiles > 1) elements = make_elements(ctx, tiles, s.columns, 4 * scan_width * column_lanes);
+  launch(ctx, "scan", scan_forward_kernel<C, T, scan_width, Half, Size>, dim3(static_cast<unsigned>(blocks)),
          dim3(Size::threads), 0, cell, p, s, elements, tiles);
 }
 
-template <class Size, int V, int Half, class C, class T>
-void scan_backward_tiles(context& ctx, const C& cell, const scan_backward_args<T>& p, const scan_shape& s) {
+template <class Size, int Half, class C, class T>
+void scan_backward_tiles(context& ctx, const C& cell, const scan_backward_args<T>& p, const extents<4>& shape) {
+  const scan_shape s(shape, scan_width);
   const index_t tiles = ceil_div(s.T, Size::rows), blocks = tiles * ceil_div(s.columns, Size::G);
   tile_elements elements;
-  if (!IdentityCell<C> && tiles > 1) elements = make_elements(ctx, tiles, s.columns, 4 * V * column_lanes);
-  launch(ctx, "scan backward", scan_backward_kernel<C, T, V, Half, Size>, dim3(static_cast<unsigned>(blocks)),
+  if (!IdentityCell<C> && tiles > 1) elements = make_elements(ctx, tiles, s.columns, 4 * scan_width * column_lanes);
+  launch(ctx, "scan backward", scan_backward_kernel<C, T, scan_width, Half, Size>, dim3(static_cast<unsigned>(blocks)),
          dim3(Size::threads), 0, cell, p, s, elements, tiles);
 }
 
@@ -619,57 +620,39 @@ template <class... Views>
   return d % (2 * scan_width) == 0 && (aligned(views, scan_width) && ...);
 }
 
-template <int V, class C, class T>
-void scan_forward_of(context& ctx, const C& cell, const scan_forward_args<T>& p, const extents<4>& shape) {
-  const scan_shape s(shape, V);
-  if constexpr (AssociativeCell<C>)
-    if (s.T > walked_rows) {
-      if constexpr (V == scan_width) {
-        if (s.d == 64) return scan_forward_tiles<forward_tile<T>, V, 32>(ctx, cell, p, s);
-        if (s.d == 128) return scan_forward_tiles<forward_tile<T>, V, 64>(ctx, cell, p, s);
-      }
-      return scan_forward_tiles<forward_tile<T>, V, 0>(ctx, cell, p, s);
-    }
-  launch(ctx, "scan", scan_forward_walk<C, T, V>, dim3(static_cast<unsigned>(ceil_div(s.columns, 4))), dim3(128), 0,
-         cell, p, s);
-}
-
-template <int V, class C, class T>
-void scan_backward_of(context& ctx, const C& cell, const scan_backward_args<T>& p, const extents<4>& shape) {
-  const scan_shape s(shape, V);
-  if constexpr (AssociativeCell<C>)
-    if (s.T > walked_rows) {
-      if constexpr (V == scan_width) {
-        if (s.d == 64) return scan_backward_tiles<backward_tile<T>, V, 32>(ctx, cell, p, s);
-        if (s.d == 128) return scan_backward_tiles<backward_tile<T>, V, 64>(ctx, cell, p, s);
-      }
-      return scan_backward_tiles<backward_tile<T>, V, 0>(ctx, cell, p, s);
-    }
-  launch(ctx, "scan backward", scan_backward_walk<C, T, V>, dim3(static_cast<unsigned>(ceil_div(s.columns, 4))),
-         dim3(128), 0, cell, p, s);
-}
-
 }  // namespace detail
 
 template <class C, class T>
 void scan_forward_on(context& ctx, const C& cell, const scan_forward_args<T>& p) {
   detail::require_device_cell<C>();
   const extents<4> shape = (p.k ? p.k : p.v ? p.v : p.q).shape();
-  if (detail::pairs_are_wide(shape[3], p.q, p.k, p.v, p.gate, p.q_out, p.k_out, p.v_out, p.rope))
-    detail::scan_forward_of<detail::scan_width>(ctx, cell, p, shape);
-  else
-    detail::scan_forward_of<1>(ctx, cell, p, shape);
+  if constexpr (AssociativeCell<C>)
+    if (shape[2] > detail::walked_rows &&
+        detail::pairs_are_wide(shape[3], p.q, p.k, p.v, p.gate, p.q_out, p.k_out, p.v_out, p.rope)) {
+      if (shape[3] == 64) return detail::scan_forward_tiles<detail::forward_tile<T>, 32>(ctx, cell, p, shape);
+      if (shape[3] == 128) return detail::scan_forward_tiles<detail::forward_tile<T>, 64>(ctx, cell, p, shape);
+      return detail::scan_forward_tiles<detail::forward_tile<T>, 0>(ctx, cell, p, shape);
+    }
+  const detail::scan_shape s(shape, 1);
+  detail::launch(ctx, "scan", detail::scan_forward_walk<C, T>,
+                 dim3(static_cast<unsigned>(detail::ceil_div(s.columns, 4))), dim3(128), 0, cell, p, s);
 }
 
 template <class C, class T>
 void scan_backward_on(context& ctx, const C& cell, const scan_backward_args<T>& p) {
   detail::require_device_cell<C>();
   const extents<4> shape = (p.dk_out ? p.dk_out : p.dv_out ? p.dv_out : p.dq_out).shape();
-  if (detail::pairs_are_wide(shape[3], p.k, p.v, p.gate, p.k_out, p.v_out, p.dq_out, p.dk_out, p.dv_out, p.rope, p.dq,
-                             p.dk, p.dv, p.dgate))
-    detail::scan_backward_of<detail::scan_width>(ctx, cell, p, shape);
-  else
-    detail::scan_backward_of<1>(ctx, cell, p, shape);
+  if constexpr (AssociativeCell<C>)
+    if (shape[2] > detail::walked_rows &&
+        detail::pairs_are_wide(shape[3], p.k, p.v, p.gate, p.k_out, p.v_out, p.dq_out, p.dk_out, p.dv_out, p.rope, p.dq,
+                               p.dk, p.dv, p.dgate)) {
+      if (shape[3] == 64) return detail::scan_backward_tiles<detail::backward_tile<T>, 32>(ctx, cell, p, shape);
+      if (shape[3] == 128) return detail::scan_backward_tiles<detail::backward_tile<T>, 64>(ctx, cell, p, shape);
+      return detail::scan_backward_tiles<detail::backward_tile<T>, 0>(ctx, cell, p, shape);
+    }
+  const detail::scan_shape s(shape, 1);
+  detail::launch(ctx, "scan backward", detail::scan_backward_walk<C, T>,
+                 dim3(static_cast<unsigned>(detail::ceil_div(s.columns, 4))), dim3(128), 0, cell, p, s);
 }
 
 }  // namespace ratplus::cuda
