@@ -9,6 +9,7 @@
 // g++ 12 suspects its own AVX-512 intrinsics, where Eigen calls them, of reading what was never written.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <Eigen/Core>

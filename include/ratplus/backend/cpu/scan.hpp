@@ -11,11 +11,31 @@ namespace ratplus::cpu {
 
 namespace detail {
 
-/// Row `t` of one head of a view, or null when the view is absent.
+/// The rows of one head of a view, or of an absent one.
 template <class T>
-[[nodiscard]] T* row_of(const view<T, 4>& x, index_t b, index_t h, index_t t) {
-  return x ? x.row(b, h, t) : nullptr;
-}
+struct head_rows {
+  T* data = nullptr;
+  index_t stride = 0, channels = 0;
+
+  head_rows(const view<T, 4>& x, index_t b, index_t h) {
+    if (x) *this = head_rows(x.row(b, h, index_t{0}), x.stride(2), x.extent(3));
+  }
+  explicit operator bool() const { return data != nullptr; }
+  RATPLUS_INLINE T* operator()(index_t t) const { return data + t * stride; }
+
+  /// Asks for row t, to read or to write it.
+  RATPLUS_INLINE void prefetch(index_t t) const {
+    constexpr index_t line = 64 / sizeof(float);
+    if (data == nullptr) return;
+    for (index_t i = 0; i < channels; i += line) __builtin_prefetch(data + t * stride + i, std::is_const_v<T> ? 0 : 1);
+  }
+
+ private:
+  head_rows(T* p, index_t s, index_t c) : data(p), stride(s), channels(c) {}
+};
+inline constexpr index_t prefetch_rows = 8;
+
+/// The states of one head, or null.
 template <class T>
 [[nodiscard]] T* row_of(const view<T, 3>& x, index_t b, index_t h) {
   return x ? x.row(b, h) : nullptr;
@@ -32,16 +52,6 @@ RATPLUS_INLINE void rotate(const float* x, const float* angles, index_t d, float
     store(out + half + i, multiply_add(x2, c, x1 * s), lanes);
   });
 }
-
-/// Asks for the row `distance` rows away from row t, if it is one of the rows [0, rows).
-template <class T>
-RATPLUS_INLINE void prefetch(const view<T, 4>& x, index_t b, index_t h, index_t t, index_t rows) {
-  constexpr index_t line = 64 / sizeof(float);
-  if (!x || t < 0 || t >= rows) return;
-  const T* const row = x.row(b, h, t);
-  for (index_t i = 0; i < x.extent(3); i += line) __builtin_prefetch(row + i);
-}
-inline constexpr index_t prefetch_rows = 8;
 
 }  // namespace detail
 
@@ -61,36 +71,30 @@ void scan_forward_on(context& ctx, const C& cell, const scan_forward_args<float>
     begin_with(k_state, row_of(p.k_first, b, h));
     begin_with(v_state, row_of(p.v_first, b, h));
 
+    const head_rows<const float> q(p.q, b, h), k(p.k, b, h), v(p.v, b, h), gate(p.gate, b, h);
+    const head_rows<float> q_out(p.q_out, b, h), k_out(p.k_out, b, h), v_out(p.v_out, b, h);
     for (index_t t = 0; t < used; ++t) {
-      const index_t ahead = t + prefetch_rows;
-      prefetch(p.q, b, h, ahead, used);
-      prefetch(p.k, b, h, ahead, used);
-      prefetch(p.v, b, h, ahead, used);
-      if constexpr (C::gated) prefetch(p.gate, b, h, ahead, used);
-
-      const float *const k = row_of(p.k, b, h, t), *const v = row_of(p.v, b, h, t);
-      const float* const gate = C::gated ? row_of(p.gate, b, h, t) : nullptr;
-      const float* const angles = p.rope ? p.rope.row(first + t) : nullptr;
-      float *const k_out = row_of(p.k_out, b, h, t), *const v_out = row_of(p.v_out, b, h, t);
-      if (k != nullptr || v != nullptr)
-        for_each_pack(d, [&](index_t i, auto lanes) {
+      if (t + prefetch_rows < used)
+        for (const auto& x : {q, k, v, gate}) x.prefetch(t + prefetch_rows);
+      if (k || v)
+        for_each_pack(d, [&](index_t i, auto lanes) RATPLUS_INLINE_LAMBDA {
           pack g(0.0f);
-          if constexpr (C::gated) g = load(gate + i, lanes);
-          if (k != nullptr) store(k_state + i, cell.step(load(k_state + i), load(k + i, lanes), g, first + t));
-          if (v != nullptr) {
-            const pack s = cell.step(load(v_state + i), load(v + i, lanes), g, first + t);
-            store(v_state + i, s);
-            store(v_out + i, s, lanes);
+          if constexpr (C::gated) g = load(gate(t) + i, lanes);
+          if (k) store(k_state + i, cell.step(load(k_state + i), load(k(t) + i, lanes), g, first + t));
+          if (v) {
+            const pack state = cell.step(load(v_state + i), load(v(t) + i, lanes), g, first + t);
+            store(v_state + i, state);
+            store(v_out(t) + i, state, lanes);
           }
         });
       const auto rotate_or_copy = [&](const float* x, float* out) {
-        if (angles != nullptr)
-          rotate<false>(x, angles, d, out);
+        if (p.rope)
+          rotate<false>(x, p.rope.row(first + t), d, out);
         else if (x != out)
           std::copy_n(x, d, out);
       };
-      if (k != nullptr) rotate_or_copy(k_state, k_out);
-      if (p.q) rotate_or_copy(p.q.row(b, h, t), p.q_out.row(b, h, t));
+      if (k) rotate_or_copy(k_state, k_out(t));
+      if (q) rotate_or_copy(q(t), q_out(t));
     }
     if (p.k && p.k_last) std::copy_n(k_state, d, p.k_last.row(b, h));
     if (p.v && p.v_last) std::copy_n(v_state, d, p.v_last.row(b, h));
@@ -119,17 +123,15 @@ void scan_backward_on(context& ctx, const C& cell, const scan_backward_args<floa
     };
     begin_with(dk_state, row_of(p.dk_last, b, h));
     begin_with(dv_state, row_of(p.dv_last, b, h));
-    const bool k_given = static_cast<bool>(p.dk_out), v_given = static_cast<bool>(p.dv_out);
-
+    const head_rows<const float> k(p.k, b, h), v(p.v, b, h), gate(p.gate, b, h), k_out(p.k_out, b, h),
+        v_out(p.v_out, b, h), dq_out(p.dq_out, b, h), dk_out(p.dk_out, b, h), dv_out(p.dv_out, b, h);
+    const head_rows<float> dq(p.dq, b, h), dk(p.dk, b, h), dv(p.dv, b, h), dgate(p.dgate, b, h);
     for (index_t t = used - 1; t >= 0; --t) {
-      const index_t ahead = t - prefetch_rows;
-      prefetch(p.dq_out, b, h, ahead, used);
-      prefetch(p.dk_out, b, h, ahead, used);
-      prefetch(p.dv_out, b, h, ahead, used);
-      if constexpr (reads) {
-        if (k_given) prefetch(p.k, b, h, ahead, used), prefetch(p.k_out, b, h, ahead, used);
-        if (v_given) prefetch(p.v, b, h, ahead, used), prefetch(p.v_out, b, h, ahead, used);
-        if constexpr (C::gated) prefetch(p.gate, b, h, ahead, used);
+      if (const index_t ahead = t - prefetch_rows; ahead >= 0) {
+        for (const auto& x : {dq_out, dk_out, dv_out}) x.prefetch(ahead);
+        if constexpr (reads)
+          for (const auto& x : {k, v, gate, k_out, v_out}) x.prefetch(ahead);
+        for (const auto& x : {dq, dk, dv, dgate}) x.prefetch(ahead);
       }
 
       const auto unrotated = [&](const float* x, index_t position, float* plain) -> const float* {
@@ -137,43 +139,41 @@ void scan_backward_on(context& ctx, const C& cell, const scan_backward_args<floa
         rotate<true>(x, p.rope.row(position), d, plain);
         return plain;
       };
-      if (p.dq_out) {
-        const float* const dq = unrotated(p.dq_out.row(b, h, t), first + t, p.dq.row(b, h, t));
-        if (dq != p.dq.row(b, h, t)) std::copy_n(dq, d, p.dq.row(b, h, t));
-      }
-      const float* const dk_out = k_given ? unrotated(p.dk_out.row(b, h, t), first + t, dk_plain) : nullptr;
-      const float* const dv_out = row_of(p.dv_out, b, h, t);
+      if (dq_out)
+        if (const float* const x = unrotated(dq_out(t), first + t, dq(t)); x != dq(t)) std::copy_n(x, d, dq(t));
+      const float* const dk_in = dk_out ? unrotated(dk_out(t), first + t, dk_plain) : nullptr;
       // States before row t; null: zero.
       const float *k_before = nullptr, *v_before = nullptr;
-      if (reads && k_given)
-        k_before = t > 0 ? unrotated(p.k_out.row(b, h, t - 1), first + t - 1, k_plain) : row_of(p.k_first, b, h);
-      if (reads && v_given) v_before = t > 0 ? p.v_out.row(b, h, t - 1) : row_of(p.v_first, b, h);
+      if (reads && dk_out) k_before = t > 0 ? unrotated(k_out(t - 1), first + t - 1, k_plain) : row_of(p.k_first, b, h);
+      if (reads && dv_out) v_before = t > 0 ? v_out(t - 1) : row_of(p.v_first, b, h);
 
-      const auto adjoint = [&](const float* before, const view<const float, 4>& x, pack g, const float* dout,
-                               float* dstate, const view<float, 4>& dx, index_t i, auto lanes) RATPLUS_INLINE_LAMBDA {
-        const pack state = before != nullptr ? load(before + i, lanes) : pack(0.0f);
-        pack input(0.0f);
-        if constexpr (reads) input = load(x.row(b, h, t) + i, lanes);
+      const auto adjoint = [&](const float* before, const float* x, pack g, const float* dout, float* dstate, float* dx,
+                               index_t i, auto lanes) RATPLUS_INLINE_LAMBDA {
+        pack state(0.0f), input(0.0f);
+        if constexpr (reads) {
+          if (before != nullptr) state = load(before + i, lanes);
+          input = load(x + i, lanes);
+        }
         const auto grad = cell.adjoint(state, input, g, first + t, load(dout + i, lanes) + load(dstate + i));
         store(dstate + i, grad.dstate);
-        store(dx.row(b, h, t) + i, grad.dinput, lanes);
+        store(dx + i, grad.dinput, lanes);
         return grad.dgate;
       };
-      if (k_given || v_given)
-        for_each_pack(d, [&](index_t i, auto lanes) {
-          pack g(0.0f), dgate(0.0f);
-          if constexpr (C::gated) g = load(p.gate.row(b, h, t) + i, lanes);
-          if (k_given) dgate = adjoint(k_before, p.k, g, dk_out, dk_state, p.dk, i, lanes);
-          if (v_given) dgate += adjoint(v_before, p.v, g, dv_out, dv_state, p.dv, i, lanes);
-          if constexpr (C::gated) store(p.dgate.row(b, h, t) + i, dgate, lanes);
+      if (dk_out || dv_out)
+        for_each_pack(d, [&](index_t i, auto lanes) RATPLUS_INLINE_LAMBDA {
+          pack g(0.0f), dg(0.0f);
+          if constexpr (C::gated) g = load(gate(t) + i, lanes);
+          if (dk_out) dg = adjoint(k_before, k(t), g, dk_in, dk_state, dk(t), i, lanes);
+          if (dv_out) dg += adjoint(v_before, v(t), g, dv_out(t), dv_state, dv(t), i, lanes);
+          if constexpr (C::gated) store(dgate(t) + i, dg, lanes);
         });
     }
-    if (k_given && p.dk_first) std::copy_n(dk_state, d, p.dk_first.row(b, h));
-    if (v_given && p.dv_first) std::copy_n(dv_state, d, p.dv_first.row(b, h));
-    if (p.dq_out) zero_rows(p.dq, b, h, used, T);
-    if (k_given) zero_rows(p.dk, b, h, used, T);
-    if (v_given) zero_rows(p.dv, b, h, used, T);
-    if (C::gated && (k_given || v_given)) zero_rows(p.dgate, b, h, used, T);
+    if (dk_out && p.dk_first) std::copy_n(dk_state, d, p.dk_first.row(b, h));
+    if (dv_out && p.dv_first) std::copy_n(dv_state, d, p.dv_first.row(b, h));
+    if (dq_out) zero_rows(p.dq, b, h, used, T);
+    if (dk_out) zero_rows(p.dk, b, h, used, T);
+    if (dv_out) zero_rows(p.dv, b, h, used, T);
+    if (C::gated && (dk_out || dv_out)) zero_rows(p.dgate, b, h, used, T);
   });
 }
 
