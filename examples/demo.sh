@@ -5,8 +5,8 @@
 #     attention baseline;
 #   - adapts both to each sparse pattern, in a tenth of the optimiser steps at a tenth of the rate;
 #   - prints one table of held-out bits per byte, draws it with the training curves, and writes a passage.
-# Everything it makes is in build/demo/ITERATIONS. A demo that was interrupted goes on where it was; remove the folder to
-# start anew.
+# Everything it makes is in build/demo, the results in build/demo/ITERATIONS. A demo that was interrupted goes on where it
+# was; remove that folder to start anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,9 +18,10 @@ began=$SECONDS
 
 echo "== build"
 bash cmake/install_packages.sh build
-cmake --preset release >/dev/null
-cmake --build build/release --target ratplus_trainer demo_report
-ratplus=build/release/examples/ratplus
+build=build/demo/release  # without tests and benchmarks, which need more packages
+cmake --preset release -B $build -DRATPLUS_BUILD_TESTS=OFF -DRATPLUS_BUILD_BENCH=OFF >/dev/null
+cmake --build $build --target ratplus_trainer demo_report
+ratplus=$build/examples/ratplus
 built=$SECONDS
 
 # The end of the text is held out.
@@ -35,7 +36,7 @@ train() {
   local folder=$out/$1 resume=()
   shift
   [[ -e $folder/training.safetensors ]] && resume=(--resume)
-  echo "== ${folder#build/}"
+  echo "== ${folder#"$out"/}"
   "$ratplus" "$@" --data "$out/train.txt" --eval-data "$out/held_out.txt" --out "$folder" --batch 16 "${resume[@]}"
 }
 
@@ -63,7 +64,7 @@ study ratplus "$iterations" --joint --sparse dilated:16
 study attention $((2 * iterations)) --no-recurrence --no-joint
 
 echo
-build/release/examples/demo_report "$out" | tee "$out/table.txt"
+$build/examples/demo_report "$out" | tee "$out/table.txt"
 
 sparse=dilated:16+local:16+sinks:4
 for pass in "ratplus dense" "ratplus/adapted/${sparse//:/} $sparse"; do
