@@ -1,6 +1,7 @@
 #pragma once
-// ratplus on the host: patterns, recurrence cells, operations, the CPU and the reference backend, model and training. Needs Eigen,
-// and OpenMP for more than one thread. CUDA is in ratplus/cuda.cuh; files (safetensors, config.json, tokens) are in ratplus/io/.
+// ratplus on the host: patterns, recurrence cells, operations, the CPU and the reference backend, model and training.
+// Needs Eigen, and OpenMP for more than one thread. CUDA is in ratplus/cuda.cuh; files (safetensors, config.json,
+// tokens) are in ratplus/io/.
 
 #include "ratplus/backend/cpu/backend.hpp"
 #include "ratplus/backend/reference/backend.hpp"

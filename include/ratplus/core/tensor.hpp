@@ -35,8 +35,8 @@ class tensor {
   }
 
   template <std::convertible_to<index_t>... N>
-    requires(sizeof...(N) == Rank)
-  explicit tensor(N... shape) : tensor(extents<Rank>{{static_cast<index_t>(shape)...}}) {}
+  requires(sizeof...(N) == Rank) explicit tensor(N... shape)
+      : tensor(extents<Rank>{{static_cast<index_t>(shape)...}}) {}
 
   tensor(tensor&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), shape_(std::exchange(other.shape_, {})) {}

@@ -8,6 +8,7 @@
 //     model.forward(cpu, ratplus::dilated<16>{}, tokens, logits);
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <random>
 #include <vector>
@@ -270,8 +271,8 @@ class language_model {
 
   workspace& prepare(batch_shape s, bool training) {
     if (!workspace_ || !(workspace_->shape == s) || workspace_->training != training) {
-      workspace_.reset();
-      workspace_.emplace(config_, s, training);
+      workspace_.reset();  // first, so that the two never exist at once
+      workspace_ = std::make_unique<workspace>(config_, s, training);
     }
     return *workspace_;
   }
@@ -429,7 +430,7 @@ class language_model {
   tensor<T, 1, Space> products_;  // the parameters in T, when that is not A
   tensor<A, 2, Space> rope_;
   tensor<T, 1, Space> logits_;  // a chunk of them
-  std::optional<workspace> workspace_;
+  std::unique_ptr<workspace> workspace_;
 };
 
 }  // namespace ratplus
