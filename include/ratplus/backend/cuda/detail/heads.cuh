@@ -88,6 +88,18 @@ mixed_heads<device_pattern_t<P>, device_pattern_t<Rest>...> mix(int groups, int 
     return {device_pattern_t<P>(first), mix(groups, heads, rest...), groups, heads};
 }
 
+/// Groups of sparse patterns for a kernel over `heads` heads.
+inline sparse_heads groups_on_device(const any_by_head& pattern, index_t heads) {
+  if (pattern.groups() > sparse_heads::most)
+    throw value_error(message("by_head: ", pattern.groups(), " patterns, the CUDA backend takes at most ",
+                              sparse_heads::most, " in one layer"));
+  sparse_heads all{};
+  all.groups = static_cast<int>(pattern.groups());
+  all.heads = static_cast<int>(heads);
+  for (int g = 0; g < all.groups; ++g) pattern.visit_group(g, [&](const auto& p) { all.pattern[g] = any_sparse(p); });
+  return all;
+}
+
 /// `pattern` for a kernel over `heads` heads. `visit(head, f)` calls f(pattern of the head).
 template <class P>
 auto on_device(const P& pattern, index_t heads) {
@@ -96,16 +108,9 @@ auto on_device(const P& pattern, index_t heads) {
                   "ratplus: a pattern is copied to the device, so it must be trivially copyable");
     return uniform_heads<device_pattern_t<P>>{device_pattern_t<P>(pattern)};
   } else if constexpr (std::is_same_v<P, any_by_head>) {
-    if (pattern.groups() > sparse_heads::most)
-      throw value_error(message("by_head: ", pattern.groups(), " patterns, the CUDA backend takes at most ",
-                                sparse_heads::most, " in one layer"));
-    sparse_heads all{};
-    all.groups = static_cast<int>(pattern.groups());
-    all.heads = static_cast<int>(heads);
-    for (int g = 0; g < all.groups; ++g) pattern.visit_group(g, [&](const auto& p) { all.pattern[g] = any_sparse(p); });
-    return all;
+    return groups_on_device(pattern, heads);
   } else if constexpr (all_sparse(static_cast<const P*>(nullptr))) {
-    return on_device(any_by_head(pattern), heads);
+    return groups_on_device(any_by_head(pattern), heads);
   } else {
     return std::apply(
         [&](const auto&... each) { return mix(static_cast<int>(pattern.groups()), static_cast<int>(heads), each...); },
