@@ -1,0 +1,2 @@
+// ops/sample.cpp on CUDA: the same cases.
+#include "sample.cpp"
