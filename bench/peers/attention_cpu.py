@@ -11,13 +11,15 @@ torch.set_num_threads(threads)
 
 
 def median_ms(f, runs=7):
+    """Median of the wall time; with one thread the least processor time, which is right on a busy machine too."""
+    clock, best = (time.process_time, min) if threads == 1 else (time.perf_counter, statistics.median)
     f()
     times = []
     for _ in range(runs):
-        begin = time.perf_counter()
+        begin = clock()
         f()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) * 1e3
+        times.append(clock() - begin)
+    return best(times) * 1e3
 
 
 print(f"PyTorch {torch.__version__}, {threads} thread(s): dense causal attention, float32")
@@ -25,7 +27,7 @@ for heads, length, size in ((8, 4096, 64), (8, 4096, 128), (4, 16384, 64)):
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, length, heads, size).transpose(1, 2).requires_grad_() for _ in range(3))
     grad = torch.randn(1, length, heads, size).transpose(1, 2)
-    runs = 7 if length < 10000 else 3
+    runs = 5 if length < 10000 else 2
     with torch.no_grad():
         forward = median_ms(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), runs)
 

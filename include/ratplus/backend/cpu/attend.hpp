@@ -41,16 +41,12 @@ void for_each_part(const attend_forward_args<float, KV>& p, index_t b, index_t h
                       fresh.step * p.k.stride(2), fresh.step * p.v.stride(2), at, at + fresh.count()});
 }
 
-/// Keys or values of a stretch as floats: where they lie, or widened into `copy`.
-struct float_rows {
-  const float* data;
-  index_t stride;
-};
-inline float_rows widen(const float* x, index_t stride, index_t, index_t, float*) { return {x, stride}; }
-inline float_rows widen(const bfloat16* x, index_t stride, index_t rows, index_t d, float* copy) {
+/// Keys or values of a stretch, widened to float and gathered into rows of padded(d): they are read many times, and
+/// rows a power of two apart would share a few sets of the caches.
+template <class KV>
+void gather(const KV* x, index_t stride, index_t rows, index_t d, float* to) {
   for (index_t i = 0; i < rows; ++i)
-    for_each_pack(d, [&](index_t c, auto lanes) { store(copy + i * padded(d) + c, load(x + i * stride + c, lanes)); });
-  return {copy, padded(d)};
+    for_each_pack(d, [&](index_t c, auto lanes) { store(to + i * padded(d) + c, load(x + i * stride + c, lanes)); });
 }
 
 /// A tile of queries under way: the state of the online softmax of every lane.
@@ -58,7 +54,7 @@ struct forward_tile {
   index_t d, packs;
   float *q, *o;                // (d, tile_queries)
   float* scores;               // (tile_keys, tile_queries)
-  float *wide_k, *wide_v;      // (tile_keys, padded(d)), for keys of another precision
+  float *k, *v;                // (tile_keys, padded(d)), gathered
   float *max, *sum, *rescale;  // (tile_queries)
 
   [[nodiscard]] static index_t floats(index_t d) {
@@ -71,8 +67,8 @@ struct forward_tile {
     q = take(d * tile_queries);
     o = take(d * tile_queries);
     scores = take(tile_keys * tile_queries);
-    wide_k = take(tile_keys * padded(d));
-    wide_v = take(tile_keys * padded(d));
+    k = take(tile_keys * padded(d));
+    v = take(tile_keys * padded(d));
     max = take(tile_queries);
     sum = take(tile_queries);
     rescale = take(tile_queries);
@@ -84,9 +80,9 @@ struct forward_tile {
   template <class KV>
   void visit(const lane_bounds& bounds, const key_rows<KV>& rows, const key_stretch& s) {
     const index_t n = s.keys(), skip = s.begin - rows.begin, lane = s.first_pack * pack_width;
-    const float_rows k = widen(rows.k + skip * rows.k_stride, rows.k_stride, n, d, wide_k);
-    const float_rows v = widen(rows.v + skip * rows.v_stride, rows.v_stride, n, d, wide_v);
-    product<a_layout::rows>(n, s.packs(), d, k.data, k.stride, q + lane, tile_queries, scores + lane, tile_queries,
+    gather(rows.k + skip * rows.k_stride, rows.k_stride, n, d, k);
+    gather(rows.v + skip * rows.v_stride, rows.v_stride, n, d, v);
+    product<a_layout::rows>(n, s.packs(), d, k, padded(d), q + lane, tile_queries, scores + lane, tile_queries,
                             from_zero{});
     for (index_t i = s.first_pack; i < s.last_pack; ++i) {
       if (s.masked)
@@ -94,7 +90,7 @@ struct forward_tile {
       else
         soften(i, n, [](index_t) RATPLUS_INLINE_LAMBDA { return everything{}; });
     }
-    product<a_layout::columns>(d, s.packs(), n, v.data, v.stride, scores + lane, tile_queries, o + lane, tile_queries,
+    product<a_layout::columns>(d, s.packs(), n, v, padded(d), scores + lane, tile_queries, o + lane, tile_queries,
                                from_scaled_c{rescale + lane});
   }
 
@@ -148,6 +144,12 @@ void attend_tile(const P& pattern, const attend_forward_args<float, KV>& p, inde
   for (index_t q = 0; q < tile_queries; ++q) tile.rescale[q] = 1.0f / tile.sum[q];
   transpose_out(tile.o, n, d, tile.rescale, p.out.row(b, h, t0), p.out.stride(2));
 }
+
+/// Rows of floats that lie somewhere.
+struct float_rows {
+  const float* data;
+  index_t stride;
+};
 
 /// One tile of queries of the backward pass: adds to dk and dv, yields dq.
 struct backward_tile {

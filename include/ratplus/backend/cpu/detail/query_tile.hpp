@@ -2,9 +2,9 @@
 // A tile of consecutive queries laid across the lanes of packs, and the walk over the keys they see.
 //
 // Queries are lanes, so that scores come out as rows of lanes, one row per key: the softmax needs no sum across lanes,
-// keys and values are read as they lie (any stride, any precision that widens to float) and are never packed, and only
-// the queries are transposed. Each lane has the bounds of its own run as its only mask; a stretch of keys is cut where
-// a whole pack of queries begins or ceases to see them, so what is computed beyond the visible keys is at most a pack's
+// keys and values are used row by row as they come (any stride, any precision that widens to float), and only the
+// queries are transposed. Each lane has the bounds of its own run as its only mask; a stretch of keys is cut where a
+// whole pack of queries begins or ceases to see them, so what is computed beyond the visible keys is at most a pack's
 // width of queries at the borders of a run.
 
 #include <algorithm>
