@@ -119,10 +119,17 @@ RATPLUS_INLINE pack polynomial(pack x, float c0, C... more) {
     return multiply_add(polynomial(x, more...), x, pack(c0));
 }
 
+/// p · 2^n, for an n that was found by adding 1.5 · 2^23 and so stands in the low bits of `shifted`: they are added to
+/// the exponent. Unsigned, because the higher bits are pushed out.
+RATPLUS_INLINE pack times_power_of_2(pack p, pack shifted) {
+  using words = std::uint32_t __attribute__((vector_size(4 * pack_width)));
+  const words sum = reinterpret_cast<words>(p.v) + (reinterpret_cast<words>(shifted.v) << 23);
+  return reinterpret_cast<pack::floats>(sum);
+}
+
 /// 2^x, relative error below 2e-7; x < −126 gives 2^−126, x > 127.99 is the caller's to avoid. NaN stays NaN.
 ///
-/// x = n + r with n the nearest integer, found by adding 1.5 · 2^23, whose low bits then hold n: shifted into the
-/// exponent they multiply the polynomial for 2^r by 2^n.
+/// x = n + r with n the nearest integer; a polynomial gives 2^r.
 RATPLUS_INLINE pack exp2(pack x) {
   const pack floor(-126.0f), magic(12582912.0f);
   x = select(x.v < floor.v, floor, x);
@@ -130,7 +137,7 @@ RATPLUS_INLINE pack exp2(pack x) {
   const pack r = x - (shifted - magic);
   const pack p = polynomial(r, 1.0f, 6.931472029e-1f, 2.402264791e-1f, 5.550332470e-2f, 9.618437366e-3f,
                             1.339887487e-3f, 1.535336063e-4f);
-  return from_bits(bits(p) + (bits(shifted) << 23));
+  return times_power_of_2(p, shifted);
 }
 
 inline constexpr float log2_e = 1.44269504088896341f;
@@ -145,7 +152,7 @@ RATPLUS_INLINE pack exp(pack x) {
   const pack r = multiply_add(n, pack(2.12194440e-4f), multiply_add(n, pack(-0.693359375f), x));
   const pack p =
       polynomial(r, 1.0f, 1.0f, 4.999999345e-1f, 1.666652064e-1f, 4.166838793e-2f, 8.368715412e-3f, 1.381459986e-3f);
-  return from_bits(bits(p) + (bits(shifted) << 23));
+  return times_power_of_2(p, shifted);
 }
 
 /// 1 / (1 + e^{−x}), without overflow for any x. Found by argument-dependent lookup from cells.
