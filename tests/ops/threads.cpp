@@ -65,11 +65,13 @@ TEST_CASE("threads: norm, gate, gelu") {
   const auto x = random_array<float>(dims(3000, 129), 1), dy = random_array<float>(dims(3000, 129), 2);
   const auto w = random_array<float>(dims(129), 3);
   check_threads([&](auto& ctx) {
-    const guarded on_x(ctx, x), on_dy(ctx, dy), on_w(ctx, w);
+    const guarded on_x(ctx, x), on_dy(ctx, dy);
+    const guarded on_w(ctx, w);
     auto y = poisoned<float>(ctx, x.shape), g = poisoned<float>(ctx, x.shape), da = poisoned<float>(ctx, x.shape),
          d_o = poisoned<float>(ctx, x.shape), u = poisoned<float>(ctx, x.shape), du = poisoned<float>(ctx, x.shape);
     auto rstd = poisoned<float>(ctx, dims(3000));
-    guarded dx(ctx, array<float, 2>(x.shape)), dw(ctx, array<float, 1>(dims(129)));
+    guarded dx(ctx, array<float, 2>(x.shape));
+    guarded dw(ctx, array<float, 1>(dims(129)));
     rms_norm_forward(ctx, rms_norm_forward_args<float>{on_x.in(), on_w.in(), y.out(), rstd.out()});
     rms_norm_backward(ctx,
                       rms_norm_backward_args<float>{on_x.in(), on_w.in(), rstd.in(), on_dy.in(), dx.out(), dw.out()});
