@@ -45,13 +45,14 @@ struct attention {
   }
 };
 
+/// ‖a − b‖ / ‖b‖, where b that is nearly zero (gradients of a softmax over one key) counts as 0.01 an element.
 double difference(const std::vector<float>& a, const std::vector<float>& b) {
   double gap = 0, norm = 0;
   for (std::size_t i = 0; i < a.size(); ++i) {
     gap += (static_cast<double>(a[i]) - b[i]) * (static_cast<double>(a[i]) - b[i]);
     norm += static_cast<double>(b[i]) * b[i];
   }
-  return std::sqrt(gap / norm);
+  return std::sqrt(gap / std::max(norm, 1e-4 * static_cast<double>(b.size())));
 }
 
 /// The largest relative difference between tiles and rows of out, dq, dk and dv.

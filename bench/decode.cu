@@ -62,10 +62,9 @@ struct decode_problem {
       if (!pattern.sees(context, s)) continue;
       const float *key = all_k.data() + (b * H + h) * d, *value = all_v.data() + (b * H + h) * d;
       if (s < context) {
-        const auto homes = where.homes(s);
-        index_t slot = -1;
-        for (const index_t home : homes.slot)
-          if (slot < 0) slot = home;
+        // A position may lie in several slots, whose random rows differ here: sinks before the window before anchors.
+        const auto [sink, anchor, ring] = where.homes(s).slot;
+        const index_t slot = sink >= 0 ? sink : where.in_ring(s, context) && ring >= 0 ? ring : anchor;
         const index_t row = (b * H + h) * where.slots() + slot;
         key = k_rows.data() + row * d;
         value = v_rows.data() + row * d;

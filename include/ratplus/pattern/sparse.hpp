@@ -67,7 +67,9 @@ struct sparse_rules {
 };
 
 namespace detail {
-// Overloads and not `if constexpr`, which does not survive nvcc's rewriting of host code in this place.
+// Overloads and not `if constexpr` or decltype(D), which do not survive nvcc's rewriting of host code in this place.
+constexpr bool dilates(undilated_t) { return false; }
+constexpr bool dilates(index_t) { return true; }
 constexpr index_t stride_of(undilated_t) { return 1; }
 constexpr index_t stride_of(index_t dilation) { return dilation; }
 }  // namespace detail
@@ -76,7 +78,7 @@ constexpr index_t stride_of(index_t dilation) { return dilation; }
 /// kept.
 template <auto D, index_t W = 0, index_t S = 0>
 struct sparse : sparse_rules<sparse<D, W, S>> {
-  static constexpr bool has_anchors = !std::same_as<std::remove_const_t<decltype(D)>, undilated_t>;
+  static constexpr bool has_anchors = detail::dilates(D);
   static constexpr index_t stride = detail::stride_of(D);
   static_assert(stride >= 1,
                 "ratplus: a dilation must be at least 1 (dilated<1> is dense); see ratplus/pattern/sparse.hpp");
