@@ -95,7 +95,7 @@ void check_calls(Backend& backend, const std::string& name, const Kept& kept, co
     auto on_lse = poisoned<A>(ctx, dims(B, H, n));
     attend_forward_args<T, KV> args;
     args.q = on_q.in(), args.k = on_k.in(), args.v = on_v.in(), args.out = on_out.out(), args.lse = on_lse.out();
-    args.past = {k_pool.in(), v_pool.in(), heads.in()};
+    args.past = {k_pool.in(), v_pool.in(), heads.in(), slots_of.data.data()};
     args.spans = {on_first.in(), on_lengths.in()};
     attend_forward(ctx, pattern, args);
     const auto piece = on_out.read();
@@ -152,6 +152,21 @@ TEMPLATE_TEST_CASE("decode: prefill in pieces equals the whole, for every sparse
   for (const numbers& n : sparse_patterns())
     check_calls<T>(backend, n.text(), any_by_head(n.pattern()), n.pattern(), sees(n),
                    cut(2, {16, 1, 3, 33, 17, 2, 65, 1}));
+}
+
+// Long enough for tiles of 128 rows, and rows that the copy engine of a GPU can address.
+TEMPLATE_TEST_CASE("decode: long pieces equal the whole, at one position or several", "", RATPLUS_TEST_BACKENDS) {
+  using T = typename TestType::scalar;
+  TestType backend;
+  const calls ragged_pieces{{40, 150, 0}, {129, 3, 70}, {1, 20, 131}, {60, 60, 1}};
+  const auto check = [&](const numbers& n, const calls& all, index_t d) {
+    check_calls<T>(backend, n.text(), any_by_head(n.pattern()), n.pattern(), sees(n), all, 2, d, layout::packed);
+  };
+  for (const numbers& n : sparse_patterns()) check(n, ragged_pieces, 16);
+  for (const index_t d : {64, 72, 128}) check({16, 40, 4}, cut(1, {150, 40, 1, 60}), d);
+  for_each_static_pattern(4, [&](const char* name, const auto& pattern, const predicate& visible) {
+    check_calls<T>(backend, name, pattern, pattern, visible, ragged_pieces, 4, 16, layout::packed);
+  });
 }
 
 TEMPLATE_TEST_CASE("decode: each sequence of a batch at its own position", "", RATPLUS_TEST_BACKENDS) {

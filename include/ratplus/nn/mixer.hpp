@@ -71,10 +71,11 @@ template <class T>
 template <class T, class KV>
 struct mixer_memory {
   using A = accumulator_t<T>;
-  view<KV, 3> k_pool = {}, v_pool = {};   // (B, slots, d_h)
-  view<const head_slots, 1> heads = {};   // (H)
-  view<A, 3> k_state = {}, v_state = {};  // (B, H, d_h)
-  sequence_spans spans = {};              // first given
+  view<KV, 3> k_pool = {}, v_pool = {};    // (B, slots, d_h)
+  view<const head_slots, 1> heads = {};    // (H)
+  const head_slots* heads_here = nullptr;  // (H), in host memory
+  view<A, 3> k_state = {}, v_state = {};   // (B, H, d_h)
+  sequence_spans spans = {};               // first given
 
   explicit operator bool() const { return static_cast<bool>(heads); }
 };
@@ -111,7 +112,7 @@ void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config
                                     .out = as_heads(tape.attended.view(), c, s),
                                     .lse = tape.lse,
                                     .spans = memory.spans};
-  if (memory) attend.past = {memory.k_pool, memory.v_pool, memory.heads};
+  if (memory) attend.past = {memory.k_pool, memory.v_pool, memory.heads, memory.heads_here};
   attend_forward(ctx, pattern, attend);
   if (memory)
     cache_append(ctx, cache_append_args<T, KV>{.k = keys,

@@ -15,8 +15,9 @@ namespace ratplus {
 /// Keys and values of earlier positions, in slots (pattern/residency.hpp). Sequence b has spans.first[b] of them.
 template <class KV>
 struct kv_past {
-  view<const KV, 3> k = {}, v = {};      // (B, slots, d), all heads of a sequence in one pool
-  view<const head_slots, 1> heads = {};  // (H), each head's slots, in the context's space
+  view<const KV, 3> k = {}, v = {};        // (B, slots, d), all heads of a sequence in one pool
+  view<const head_slots, 1> heads = {};    // (H), each head's slots, in the context's space
+  const head_slots* heads_here = nullptr;  // (H), the same in host memory; null: a backend may then be slower
 
   RATPLUS_HD explicit operator bool() const { return static_cast<bool>(heads); }
 };

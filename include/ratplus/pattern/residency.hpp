@@ -44,7 +44,7 @@ class residency {
     homes_of h;
     if (position < sink_slots()) h.slot[0] = position;
     if (kept_.is_anchor(position)) h.slot[1] = sink_slots() + position / kept_.dilation();
-    if (window_slots() > 0) h.slot[2] = ring() + position % window_slots();
+    if (window_slots() > 0) h.slot[2] = first_ring_slot() + position % window_slots();
     return h;
   }
 
@@ -52,6 +52,12 @@ class residency {
   [[nodiscard]] RATPLUS_HD constexpr bool in_ring(index_t position, index_t next) const {
     return position >= next - window_slots();
   }
+
+  /// Slots of a run of anchors, or of any run of a cache that keeps every key: slot first_anchor_slot() + i holds
+  /// position D − 1 + i D.
+  [[nodiscard]] RATPLUS_HD constexpr index_t first_anchor_slot() const { return sink_slots(); }
+  /// The ring of the window: slot first_ring_slot() + position % window_slots().
+  [[nodiscard]] RATPLUS_HD constexpr index_t first_ring_slot() const { return sink_slots() + anchor_slots(); }
 
   /// Slots of a run that lies before the next position and that `serves` has accepted.
   [[nodiscard]] RATPLUS_HD constexpr slot_runs find(const key_run& run) const {
@@ -61,13 +67,12 @@ class residency {
     if (kept_.is_anchor(run.begin) && run.step % D == 0) return {{{sink_slots() + run.begin / D, run.step / D, n}, {}}};
     if (run.end <= sink_slots()) return {{{run.begin, run.step, n}, {}}};
     const index_t at = run.begin % window_slots(), before_wrap = window_slots() - at;
-    if (n <= before_wrap) return {{{ring() + at, 1, n}, {}}};
-    return {{{ring() + at, 1, before_wrap}, {ring(), 1, n - before_wrap}}};
+    if (n <= before_wrap) return {{{first_ring_slot() + at, 1, n}, {}}};
+    return {{{first_ring_slot() + at, 1, before_wrap}, {first_ring_slot(), 1, n - before_wrap}}};
   }
 
  private:
   [[nodiscard]] RATPLUS_HD constexpr index_t least(index_t n) const { return n < positions_ ? n : positions_; }
-  [[nodiscard]] RATPLUS_HD constexpr index_t ring() const { return sink_slots() + anchor_slots(); }
 
   any_sparse kept_;
   index_t positions_ = 0;

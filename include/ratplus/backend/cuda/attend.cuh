@@ -1,9 +1,10 @@
 #pragma once
 // Attention on CUDA. Tiles on the tensor cores of Hopper for bfloat16 heads of up to 128 channels that the copy engine
-// can address; short pieces after a past, by splitting the keys (detail/decode.cuh); everything else by rows.
+// can address, after a past too (detail/attend_past.cuh); short pieces after a past, by splitting the keys
+// (detail/decode.cuh); everything else by rows.
 
 #include "ratplus/backend/cuda/detail/attend_backward_sm90.cuh"
-#include "ratplus/backend/cuda/detail/attend_forward_sm90.cuh"
+#include "ratplus/backend/cuda/detail/attend_past.cuh"
 #include "ratplus/backend/cuda/detail/attend_rows.cuh"
 #include "ratplus/backend/cuda/detail/decode.cuh"
 
@@ -14,7 +15,7 @@ namespace detail {
 /// Whether the tiled kernels run here and can address these views.
 template <class... Views>
 [[nodiscard]] bool tileable(const context& ctx, index_t d, const Views&... views) {
-  static const bool compiled = hopper::compiled(attend_forward_sm90<128, uniform_heads<any_sparse>>);
+  static const bool compiled = hopper::compiled(attend_forward_sm90<128, uniform_heads<any_sparse>, no_past>);
   return compiled && ctx.properties().major == 9 && d <= 128 && (hopper::addressable(rows_of(views)) && ...);
 }
 
@@ -23,10 +24,18 @@ template <class... Views>
 template <class P, class T, class KV>
 void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
   const index_t d = p.q.extent(3);
+  const bool decoded = p.past && p.q.extent(2) <= detail::decoded_rows;
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (!p.past && detail::tileable(ctx, d, p.q, p.k, p.v, p.out)) return detail::attend_forward_tiles(ctx, pattern, p);
+    if (!decoded && detail::tileable(ctx, d, p.q, p.k, p.v, p.out)) {
+      if (!p.past) return detail::attend_forward_tiles(ctx, pattern, p);
+      if constexpr (std::is_same_v<KV, bfloat16>)
+        if (detail::past_in_order(pattern, p.q.extent(1), p.past.heads_here) &&
+            hopper::addressable(detail::rows_of(detail::one_head(p.past.k))) &&
+            hopper::addressable(detail::rows_of(detail::one_head(p.past.v))))
+          return detail::attend_past_tiles(ctx, pattern, p);
+    }
   detail::check_head_size("attend", d);
-  if (p.past && p.q.extent(2) <= detail::decoded_rows) return detail::attend_decode(ctx, pattern, p);
+  if (decoded) return detail::attend_decode(ctx, pattern, p);
   const auto heads = detail::on_device(pattern, p.q.extent(1));
   detail::launch(ctx, "attend", detail::attend_forward_rows<std::remove_const_t<decltype(heads)>, T, KV>,
                  detail::row_blocks(p.q.shape()), 32 * detail::warps_per_block, 0, heads, p,

@@ -36,7 +36,8 @@ struct backward_queries_memory {
   // A key tile is used twice, in consecutive steps, a value tile once.
   static constexpr int k_stages = D == 128 ? 3 : 6, v_stages = D == 128 ? 2 : 4;
   static constexpr int q = 0, dout = 2 * tile, k = 4 * tile, v = k + k_stages * step, bounds = v + v_stages * step;
-  static constexpr int bytes = bounds + 2 * static_cast<int>(sizeof(row_bounds)) + 1024;  // 1024: alignment
+  static constexpr int bytes =
+      bounds + 2 * static_cast<int>(sizeof(row_bounds<no_past::runs>)) + 1024;  // 1024: alignment
 };
 
 template <int D, class Heads>
@@ -49,7 +50,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
   __shared__ barrier q_full[2], q_empty[2], k_full[memory::k_stages], k_empty[memory::k_stages],
       v_full[memory::v_stages], v_empty[memory::v_stages];
   char* const base = shared_tiles();
-  auto* const bounds = reinterpret_cast<row_bounds*>(base + memory::bounds);
+  auto* const bounds = reinterpret_cast<row_bounds<no_past::runs>*>(base + memory::bounds);
   const attend_shape& shape = job.shape;
 
   if (threadIdx.x == 0) {
@@ -77,15 +78,15 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
       const int b = head_of_all / shape.H, h = head_of_all % shape.H;
       const int used = shape.rows_in_use(b), t0 = number * tile_rows;
       q_empty[tile.stage].wait(tile.parity ^ 1);
-      row_bounds& rows = bounds[tile.stage];
-      find_bounds(rows, job.patterns, job.keys, h, t0, used, thread);
+      row_bounds<no_past::runs>& rows = bounds[tile.stage];
+      find_bounds(rows, job.patterns, job.keys, no_past{}, h, b, t0, used, thread);
       sync_threads(1, group_threads);
       if (thread == 0) {
         q_full[tile.stage].arrive_expecting(2 * memory::tile);
         load_tile<D, tile_rows>(base + memory::q + tile.stage * memory::tile, job.q, q_full[tile.stage], t0, h, b);
         load_tile<D, tile_rows>(base + memory::dout + tile.stage * memory::tile, job.dout, q_full[tile.stage], t0, h,
                                 b);
-        for (tile_walk<step_rows> walk; walk.next(rows); key.advance(), value.advance()) {
+        for (tile_walk<step_rows, no_past::runs> walk; walk.next(rows); key.advance(), value.advance()) {
           const lattice& from = job.keys.at[rows.lattice[walk.run]];
           k_empty[key.stage].wait(key.parity ^ 1);
           k_full[key.stage].arrive_expecting(memory::step);
@@ -115,7 +116,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
       char* const q = base + memory::q + tile.stage * memory::tile;
       const std::uint64_t q_rows = operand(q + 64 * group * row_bytes);
       const std::uint64_t dout_rows = operand(base + memory::dout + tile.stage * memory::tile + 64 * group * row_bytes);
-      const row_bounds& rows = bounds[tile.stage];
+      const row_bounds<no_past::runs>& rows = bounds[tile.stage];
       row_statistics statistics[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -126,7 +127,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
       bool accumulate = false;
 
       // The next tile of which this group sees anything; the others are given back unread.
-      tile_walk<step_rows> walk;
+      tile_walk<step_rows, no_past::runs> walk;
       const auto next = [&] {
         while (walk.next(rows)) {
           const auto& seen = rows.at[walk.run];

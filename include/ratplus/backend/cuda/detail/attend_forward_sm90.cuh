@@ -14,22 +14,24 @@
 
 namespace ratplus::cuda::detail {
 
-template <class Heads>
+/// Past: no_past, or past_rows (attend_past.cuh).
+template <class Heads, class Past>
 struct forward_job {
   CUtensorMap q, out;
   lattices keys;
   Heads patterns;
+  Past past;
   attend_shape shape;
   tile_order order;
   view<float, 3> lse;  // (B, H, T), absent: not wanted
 };
 
-template <int D>
+template <int D, int Runs>
 struct forward_memory {
   static constexpr int tile = tile_rows * D * 2;  // bytes of 128 rows
   static constexpr int stages = D == 128 ? 2 : 4;
   static constexpr int q = 0, k = 2 * tile, v = k + stages * tile, bounds = v + stages * tile;
-  static constexpr int bytes = bounds + 2 * static_cast<int>(sizeof(row_bounds)) + 1024;  // 1024: alignment
+  static constexpr int bytes = bounds + 2 * static_cast<int>(sizeof(row_bounds<Runs>)) + 1024;  // 1024: alignment
 };
 
 template <int Stages>
@@ -73,16 +75,17 @@ struct running_softmax {
   }
 };
 
-template <int D, class Heads>
+template <int D, class Heads, class Past>
 __global__ __launch_bounds__(3 * hopper::group_threads,
-                             1) void attend_forward_sm90(const __grid_constant__ forward_job<Heads> job) {
+                             1) void attend_forward_sm90(const __grid_constant__ forward_job<Heads, Past> job) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
-  using memory = forward_memory<D>;
+  constexpr int runs = Past::runs;
+  using memory = forward_memory<D, runs>;
   constexpr int stages = memory::stages, panel_bytes = tile_rows * row_bytes;
   __shared__ forward_barriers<stages> bar;
   char* const base = shared_tiles();
-  auto* const bounds = reinterpret_cast<row_bounds*>(base + memory::bounds);
+  auto* const bounds = reinterpret_cast<row_bounds<runs>*>(base + memory::bounds);
   const attend_shape& shape = job.shape;
 
   if (threadIdx.x == 0) {
@@ -113,19 +116,19 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const int b = head_of_all / shape.H, h = head_of_all % shape.H;
       const int used = shape.rows_in_use(b), t0 = number * tile_rows;
       bar.q_empty[tile.stage].wait(tile.parity ^ 1);
-      row_bounds& rows = bounds[tile.stage];
-      find_bounds(rows, job.patterns, job.keys, h, t0, used, thread);
+      row_bounds<runs>& rows = bounds[tile.stage];
+      find_bounds(rows, job.patterns, job.keys, job.past, h, b, t0, used, thread);
       sync_threads(1, group_threads);
       if (thread == 0) {
         bar.q_full[tile.stage].arrive_expecting(memory::tile);
         load_tile<D, tile_rows>(base + memory::q + tile.stage * memory::tile, job.q, bar.q_full[tile.stage], t0, h, b);
-        for (tile_walk<tile_rows> walk; walk.next(rows); kv.advance()) {
+        for (tile_walk<tile_rows, runs> walk; walk.next(rows); kv.advance()) {
+          const lattice& from = job.keys.at[rows.lattice[walk.run]];
           const auto load = [&](barrier& empty, barrier& full, const CUtensorMap& map, int at) {
             empty.wait(kv.parity ^ 1);
             full.arrive_expecting(memory::tile);
-            load_tile<D, tile_rows>(base + at + kv.stage * memory::tile, map, full, walk.start, h, b);
+            load_tile<D, tile_rows>(base + at + kv.stage * memory::tile, map, full, walk.start, from.pooled ? 0 : h, b);
           };
-          const lattice& from = job.keys.at[rows.lattice[walk.run]];
           load(bar.k_empty[kv.stage], bar.k_full[kv.stage], from.k, memory::k);
           load(bar.v_empty[kv.stage], bar.v_full[kv.stage], from.v, memory::v);
         }
@@ -147,7 +150,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const int used = shape.rows_in_use(b), t0 = number * tile_rows;
       char* const q = base + memory::q + tile.stage * memory::tile;
       const std::uint64_t q_rows = operand(q + 64 * group * row_bytes);
-      const row_bounds& rows = bounds[tile.stage];
+      const row_bounds<runs>& rows = bounds[tile.stage];
       float out[D / 2], s[64];
       std::uint32_t p[8][4];
       running_softmax softmax;
@@ -172,21 +175,21 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const auto release = [&](barrier& empty) {
         if (lane == 0) empty.arrive();
       };
-      const auto take_scores = [&](const tile_walk<tile_rows>& walk, float(&shrink)[2]) {
+      const auto take_scores = [&](const tile_walk<tile_rows, runs>& walk, float(&shrink)[2]) {
         const auto& seen = rows.at[walk.run];
         // Seen by all of the group's rows when the last begins before the tile and the first ends behind it.
         if (seen[64 * group + 63].begin > walk.start || seen[64 * group].end < walk.start + tile_rows)
           mask_columns(s, seen, row, walk.start, lane);
         softmax.add(s, scale, shrink);
       };
-      const auto wait_values = [&](const tile_walk<tile_rows>& walk, int stage, int parity) {
+      const auto wait_values = [&](const tile_walk<tile_rows, runs>& walk, int stage, int parity) {
         bar.v_full[stage].wait(parity);
         const int end = rows.at[walk.run][tile_rows - 1].end - walk.start;
         if (end < tile_rows) zero_rows<D, tile_rows>(base + memory::v + stage * memory::tile, end, thread, group_id);
       };
 
       bar.q_full[tile.stage].wait(tile.parity);
-      tile_walk<tile_rows> walk;
+      tile_walk<tile_rows, runs> walk;
       const bool any = walk.next(rows);
       if (any) {
         float shrink[2];
@@ -199,7 +202,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         round_fragment(s, p);
         bool accumulate = false;
         ring_place<stages> values = kv;
-        tile_walk<tile_rows> values_walk = walk;
+        tile_walk<tile_rows, runs> values_walk = walk;
         for (kv.advance(); walk.next(rows); kv.advance()) {
           bar.k_full[kv.stage].wait(kv.parity);
           sync_threads(turn, 2 * group_threads);
@@ -245,25 +248,30 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 #endif
 }
 
-template <class P, class Args>
-void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
-  const index_t d = p.q.extent(3);
-  const auto patterns = on_device(pattern, p.q.extent(1));
-  forward_job<std::remove_const_t<decltype(patterns)>> job{.q = hopper::tensor_map(rows_of(p.q), tile_rows),
-                                                           .out = hopper::tensor_map(rows_of(p.out), tile_rows / 2),
-                                                           .keys = lattices_of(pattern, p.k, p.v, tile_rows),
-                                                           .patterns = patterns,
-                                                           .shape = shape_of(p),
-                                                           .order = order_of(p.q),
-                                                           .lse = p.lse};
+/// Queues the kernel; p.q, p.out and p.lse are read of p.
+template <class Heads, class Past, class Args>
+void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& keys, const Past& past, const Args& p) {
+  const forward_job<Heads, Past> job{.q = hopper::tensor_map(rows_of(p.q), tile_rows),
+                                     .out = hopper::tensor_map(rows_of(p.out), tile_rows / 2),
+                                     .keys = keys,
+                                     .patterns = patterns,
+                                     .past = past,
+                                     .shape = shape_of(p),
+                                     .order = order_of(p.q),
+                                     .lse = p.lse};
   const int blocks = std::min(ctx.multiprocessors(), job.order.count());
   const auto with = [&](auto kernel, int bytes) {
     launch(ctx, "attend", kernel, blocks, 3 * hopper::group_threads, bytes, job);
   };
-  if (d <= 64)
-    with(attend_forward_sm90<64, std::remove_const_t<decltype(patterns)>>, forward_memory<64>::bytes);
+  if (p.q.extent(3) <= 64)
+    with(attend_forward_sm90<64, Heads, Past>, forward_memory<64, Past::runs>::bytes);
   else
-    with(attend_forward_sm90<128, std::remove_const_t<decltype(patterns)>>, forward_memory<128>::bytes);
+    with(attend_forward_sm90<128, Heads, Past>, forward_memory<128, Past::runs>::bytes);
+}
+
+template <class P, class Args>
+void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
+  launch_forward_tiles(ctx, on_device(pattern, p.q.extent(1)), lattices_of(pattern, p.k, p.v, tile_rows), no_past{}, p);
 }
 
 }  // namespace ratplus::cuda::detail

@@ -55,6 +55,7 @@ struct lattice_range {
 struct lattice {
   CUtensorMap k, v;
   int origin, step;
+  bool pooled = false;  // all heads of a sequence in one: rows are slots
 };
 
 /// The lattices of all runs of all heads of a call: as a rule one or two.
@@ -94,16 +95,22 @@ template <HeadPattern P>
 }
 
 /// For each row of a tile and each run, the lattice indices that the row sees. Neither end falls from row to row.
+template <int Runs>
 struct row_bounds {
-  lattice_range at[key_runs::count][tile_rows];
-  int lattice[key_runs::count];  // of each run
+  lattice_range at[Runs][tile_rows];
+  int lattice[Runs];  // of each run
+};
+
+/// Row 0 of every sequence is position 0.
+struct no_past {
+  static constexpr int runs = key_runs::count;
 };
 
 /// Fills them for queries t0 … t0 + 127, one thread each; a barrier must follow. Rows beyond the last see what it sees:
 /// their results are dropped, and the bounds still never fall.
 template <class Heads>
-__device__ void find_bounds(row_bounds& rows, const Heads& heads, const lattices& keys, int h, int t0, int used,
-                            int thread) {
+__device__ void find_bounds(row_bounds<no_past::runs>& rows, const Heads& heads, const lattices& keys, no_past, int h,
+                            int, int t0, int used, int thread) {
   key_runs runs;
   heads.visit(h, [&](const auto& pattern) { runs = pattern.keys(max(min(t0 + thread, used - 1), 0)); });
 #pragma unroll
@@ -115,12 +122,12 @@ __device__ void find_bounds(row_bounds& rows, const Heads& heads, const lattices
 
 /// Walks the tiles of `Keys` lattice indices that any row of a tile of queries sees: the window first, then anchors,
 /// then sinks, each from its end (where the mask is).
-template <int Keys>
+template <int Keys, int Runs>
 struct tile_walk {
-  int run = key_runs::count, first = 0, start = 0;
+  int run = Runs, first = 0, start = 0;
 
-  __device__ bool next(const row_bounds& rows) {
-    if (start - Keys >= first && run < key_runs::count) {
+  __device__ bool next(const row_bounds<Runs>& rows) {
+    if (start - Keys >= first && run < Runs) {
       start -= Keys;
       return true;
     }
