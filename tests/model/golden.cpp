@@ -31,6 +31,11 @@ void check_logits(const std::string& set, std::size_t schedules) {
   }
 }
 
+/// Of single tensors' gradients. What SPEC §8 allows holds in bfloat16 on the average alone: rounding the factors of
+/// the linear layers, with everything else in float32, makes 2.7e-2 of the worst tensor of these cases.
+template <class Backend>
+inline constexpr double gradient_tolerance = std::is_same_v<typename Backend::scalar, bfloat16> ? 4e-2 : 1e-5;
+
 template <class Cell, class Backend>
 void check_gradients(const std::string& set, std::size_t schedules) {
   using A = accumulator_t<typename Backend::scalar>;
@@ -41,6 +46,7 @@ void check_gradients(const std::string& set, std::size_t schedules) {
   const token_batch batch{rows_of(tokens), rows_of(labels)};
   const auto texts = golden_names(cases, "loss/", "");
   CHECK(texts.size() == schedules);
+  double squares = 0, tensors = 0;
   for (const std::string& text : texts) {
     CAPTURE(set, text);
     const any_schedule schedule = parse_schedule(text);
@@ -56,7 +62,10 @@ void check_gradients(const std::string& set, std::size_t schedules) {
       array<double, 1> stored(dims(entry.size()));
       REQUIRE(cases.info(name).shape == entry.shape);
       stored.data = cases.template read_flat<double>(name);
-      CHECK(difference(part(flat, entry), stored) <= model_tolerance<Backend>);
+      const comparison c = difference(part(flat, entry), stored);
+      CHECK(c <= gradient_tolerance<Backend>);
+      squares += c.ratio * c.ratio;
+      ++tensors;
     }
     // Gradients are added to what is there: a second pass doubles them.
     (void)model.loss_and_gradients(backend.ctx, schedule, batch, gradients.view());
@@ -64,6 +73,7 @@ void check_gradients(const std::string& set, std::size_t schedules) {
     for (A& x : twice.data) x *= 2;
     CHECK(difference(on_host(backend.ctx, gradients), twice) <= tolerance_of<A>);
   }
+  CHECK(std::sqrt(squares / tensors) <= model_tolerance<Backend>);  // the root mean square
 }
 
 }  // namespace
@@ -73,7 +83,7 @@ TEMPLATE_TEST_CASE("golden logits of every schedule", "", RATPLUS_TEST_BACKENDS)
   check_logits<none, TestType>("golden-attention", 5);
 }
 
-TEMPLATE_TEST_CASE("golden losses and gradients of every tensor", "", RATPLUS_TEST_MODEL_BACKENDS) {
+TEMPLATE_TEST_CASE("golden losses and gradients of every tensor", "", RATPLUS_TEST_BACKENDS) {
   check_gradients<gated_average, TestType>("golden", 4);
   check_gradients<none, TestType>("golden-attention", 2);
 }

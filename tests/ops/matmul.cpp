@@ -86,8 +86,12 @@ TEMPLATE_TEST_CASE("matmul: an empty sum is zero, or the addend", "", RATPLUS_TE
 TEMPLATE_TEST_CASE("matmul: the result may be wider than the data", "", RATPLUS_TEST_BACKENDS) {
   using T = typename TestType::scalar;
   TestType backend;
-  for (const plus what : {plus::nothing, plus::itself})
-    check_product<accumulator_t<T>>(backend, 33, 65, 40, true, false, what, layout::strided);
+  using TC = accumulator_t<T>;
+  for (const plus what : {plus::nothing, plus::other, plus::itself}) {
+    check_product<TC>(backend, 33, 65, 40, true, false, what, layout::strided);  // a weight's gradient
+    check_product<TC>(backend, 33, 65, 40, false, true, what, layout::strided);  // added to the residual stream
+    check_product<TC>(backend, 1, 64, 128, false, true, what, layout::packed);   // the same, decoding
+  }
 }
 
 TEMPLATE_TEST_CASE("matmul: transposition is the adjoint", "", RATPLUS_TEST_BACKENDS) {

@@ -37,8 +37,8 @@ struct token_batch {
   return n;
 }
 
-/// T: type of products and activations. Parameters and gradients are held in accumulator_t<T>. A model may be used by
-/// one thread at a time: it keeps its activations between calls.
+/// T: type of products and activations. Parameters, gradients and the residual stream are held in accumulator_t<T>. A
+/// model may be used by one thread at a time: it keeps its activations between calls.
 template <class C, class T = float, class Space = host_space>
 class language_model {
   static_assert((require_cell<C>(), true));
@@ -134,7 +134,7 @@ class language_model {
     ratplus::detail::check_shape("loss_and_gradients", "gradients", gradients, {{layout_.size()}});
     workspace& w = prepare_labelled(ctx, batch, true);
     run_blocks(ctx, schedule, w, nullptr_cache(), {});
-    const model_weights<A> dw = layout_.weights(gradients);
+    const model_weights<A> dw = layout_.weights(gradients, gradients);
     const double loss = head_loss(ctx, w, weight.value_or(mean_weight(batch)), &dw);
     run_backward(ctx, schedule, w, dw);
     return loss;
@@ -162,13 +162,13 @@ class language_model {
     const batch_shape s = check_tokens(tokens);
     ratplus::detail::check_shape("extend", "logits", logits, {{s.batch, config_.vocab_size}});
     workspace& w = extend_blocks(ctx, schedule, cache, tokens, s, lengths);
-    view<T, 2> rows = w.stream(config_.num_layers);
+    view<A, 2> rows = w.stream(config_.num_layers);
     if (s.rows > 1) {
-      tensor<T, 2, Space> last(s.batch, config_.d_model);
+      tensor<A, 2, Space> last(s.batch, config_.d_model);
       for (index_t b = 0; b < s.batch; ++b) {
         const index_t n = lengths ? (*lengths)[static_cast<std::size_t>(b)] : s.rows;
         const index_t row = b * s.rows + std::max<index_t>(n, 1) - 1;
-        copy(ctx, view<const T, 2>(rows).slice(0, row, row + 1), last.view().slice(0, b, b + 1));
+        copy(ctx, view<const A, 2>(rows).slice(0, row, row + 1), last.view().slice(0, b, b + 1));
       }
       head(ctx, last.view(), w.normed.view().slice(0, 0, s.batch), logits);
     } else {
@@ -197,22 +197,26 @@ class language_model {
  private:
   struct block_tape {
     mixer_tape<T, Space> mixer;
-    tensor<T, 2, Space> middle;  // (N, d), between mixer and feed-forward
+    tensor<A, 2, Space> middle;  // (N, d), the stream between mixer and feed-forward
     feed_forward_tape<T, Space> feed_forward;
   };
 
-  /// Activations of one shape. Inference uses one tape and one residual stream for all layers, training one per layer.
+  /// Activations of one shape. Inference uses one tape and one residual stream for all layers, training one per layer:
+  /// a token of training keeps, per layer, 8 d + F scalars T (projections, scanned keys and values, attention's output,
+  /// the feed-forward's hidden channels) and 2 d of A (two residual streams), and H + 2 statistics. With bfloat16 and
+  /// F = 4 d that is 32 d bytes: 1.5 MiB for 24 layers of d = 2048.
   struct workspace {
     batch_shape shape;
     bool training = false;
     tensor<token_t, 1, Space> tokens, labels;  // (N)
     tensor<token_t, 1, Space> lengths;         // (B)
-    std::vector<tensor<T, 2, Space>> streams;  // (N, d), input of each block and output of the last
+    std::vector<tensor<A, 2, Space>> streams;  // (N, d), input of each block and output of the last
     std::vector<block_tape> tapes;
-    tensor<T, 2, Space> normed, activated;                      // (N, d), (N, F)
-    tensor<A, 1, Space> rstd;                                   // (N), of the last norm
-    tensor<double, 1, Space> loss;                              // (1)
-    tensor<T, 2, Space> dstream, dnormed, dhidden, dprojected;  // training only
+    tensor<T, 2, Space> normed, activated;             // (N, d), (N, F)
+    tensor<A, 1, Space> rstd;                          // (N), of the last norm
+    tensor<double, 1, Space> loss;                     // (1)
+    tensor<A, 2, Space> dstream;                       // these in training only
+    tensor<T, 2, Space> dnormed, dhidden, dprojected;  // like normed, hidden, projected
 
     workspace(const model_config& c, batch_shape s, bool train) : shape(s), training(train) {
       const index_t N = s.count(), layers = train ? c.num_layers : 1;
@@ -220,7 +224,7 @@ class language_model {
       labels = tensor<token_t, 1, Space>(N);
       lengths = tensor<token_t, 1, Space>(s.batch);
       for (index_t i = 0; i < layers; ++i)
-        tapes.push_back({mixer_tape<T, Space>(c, C::gated, s), tensor<T, 2, Space>(N, c.d_model),
+        tapes.push_back({mixer_tape<T, Space>(c, C::gated, s), tensor<A, 2, Space>(N, c.d_model),
                          feed_forward_tape<T, Space>(c, N)});
       for (index_t i = 0; i < (train ? layers + 1 : 1); ++i) streams.emplace_back(extents<2>{{N, c.d_model}});
       normed = tensor<T, 2, Space>(N, c.d_model);
@@ -228,13 +232,13 @@ class language_model {
       rstd = tensor<A, 1, Space>(N);
       loss = tensor<double, 1, Space>(1);
       if (!train) return;
-      dstream = tensor<T, 2, Space>(N, c.d_model);
+      dstream = tensor<A, 2, Space>(N, c.d_model);
       dnormed = tensor<T, 2, Space>(N, c.d_model);
       dhidden = tensor<T, 2, Space>(N, c.d_ffn);
       dprojected = tensor<T, 2, Space>(tapes[0].mixer.projected.shape());
     }
 
-    view<T, 2> stream(index_t layer) { return streams[training ? static_cast<std::size_t>(layer) : 0]; }
+    view<A, 2> stream(index_t layer) { return streams[training ? static_cast<std::size_t>(layer) : 0]; }
     block_tape& tape(index_t layer) { return tapes[training ? static_cast<std::size_t>(layer) : 0]; }
   };
 
@@ -247,9 +251,9 @@ class language_model {
 
   [[nodiscard]] model_weights<const T> weights() const {
     if constexpr (std::same_as<T, A>)
-      return layout_.weights(view<const T, 1>(master_));
+      return layout_.weights(view<const T, 1>(master_), master_);
     else
-      return layout_.weights(view<const T, 1>(products_));
+      return layout_.weights(view<const T, 1>(products_), master_);
   }
 
   batch_shape check_tokens(view<const token_t, 2> tokens) const {
@@ -314,15 +318,15 @@ class language_model {
   void run_blocks(Ctx& ctx, const S& schedule, workspace& w, Cache* cache, view<const token_t, 1> lengths) {
     const model_weights<const T> all = weights();
     const auto angles = rope(ctx, cache ? cache->capacity() : w.shape.rows);
-    embed_forward<Ctx, T>(ctx, std::as_const(w.tokens), all.embedding, w.stream(0));
+    embed_forward<Ctx, A>(ctx, std::as_const(w.tokens), all.embedding, w.stream(0));
     for (index_t i = 0; i < config_.num_layers; ++i) {
       const auto& weights_i = all.blocks[static_cast<std::size_t>(i)];
       block_tape& tape = w.tape(i);
       auto memory = decltype(cache->template memory<T>(i, lengths)){};
       if (cache) memory = cache->template memory<T>(i, lengths);
       visit_layer(schedule, i, [&](const auto& heads) {
-        mixer_forward<Ctx>(ctx, cell_, heads, config_, w.shape, weights_i.mixer, angles, view<const T, 2>(w.stream(i)),
-                           memory, tape.mixer, w.normed.view(), tape.middle.view());
+        mixer_forward<Ctx>(ctx, cell_, heads, config_, w.shape, weights_i.mixer, angles, w.stream(i), memory,
+                           tape.mixer, w.normed.view(), tape.middle.view());
       });
       feed_forward_forward<Ctx, T>(ctx, weights_i.feed_forward, std::as_const(tape.middle), tape.feed_forward, w.normed,
                                    w.activated, w.stream(i + 1));
@@ -340,20 +344,20 @@ class language_model {
       feed_forward_backward<Ctx, T>(ctx, all.blocks[at].feed_forward, std::as_const(tape.middle), tape.feed_forward,
                                     w.dstream, dw.blocks[at].feed_forward, w.normed, w.dnormed, w.activated, w.dhidden);
       visit_layer(schedule, i, [&](const auto& heads) {
-        mixer_backward<Ctx>(ctx, cell_, heads, config_, w.shape, all.blocks[at].mixer, angles,
-                            view<const T, 2>(w.stream(i)), tape.mixer, w.dstream.view(), dw.blocks[at].mixer,
-                            w.dprojected.view(), w.normed.view(), w.dnormed.view());
+        mixer_backward<Ctx>(ctx, cell_, heads, config_, w.shape, all.blocks[at].mixer, angles, w.stream(i), tape.mixer,
+                            w.dstream.view(), dw.blocks[at].mixer, w.dprojected.view(), w.normed.view(),
+                            w.dnormed.view());
       });
     }
-    embed_backward<Ctx, T>(ctx, std::as_const(w.tokens), std::as_const(w.dstream), dw.embedding);
+    embed_backward<Ctx, A>(ctx, std::as_const(w.tokens), std::as_const(w.dstream), dw.embedding);
   }
 
   /// logits (N, V) = RMSNorm(x; w_f) · Eᵀ.
   template <Context Ctx>
-  void head(Ctx& ctx, view<const T, 2> x, view<T, 2> normed, view<A, 2> logits) {
+  void head(Ctx& ctx, view<const A, 2> x, view<T, 2> normed, view<A, 2> logits) {
     const model_weights<const T> all = weights();
     rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = all.norm, .y = normed, .rstd = {}});
-    matmul(ctx, matmul_args<T, A>{.a = normed, .b = all.embedding, .c = logits, .transpose_b = true});
+    matmul(ctx, matmul_args<T, A>{.a = normed, .b = all.head, .c = logits, .transpose_b = true});
   }
 
   /// The loss of the last stream; with `dw` also w.dstream and the head's weight gradients. Logits exist for a chunk of
@@ -364,7 +368,7 @@ class language_model {
     const index_t N = w.shape.count(), V = config_.vocab_size;
     const index_t chunk = std::clamp<index_t>(most_logits / V, 1, N);
     const model_weights<const T> all = weights();
-    const view<const T, 2> x = w.stream(config_.num_layers);
+    const view<const A, 2> x = w.stream(config_.num_layers);
     if (logits_.size() < chunk * V) logits_ = tensor<T, 1, Space>(chunk * V);
     rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = all.norm, .y = w.normed, .rstd = w.rstd});
     fill(ctx, w.loss.view(), 0.0);
@@ -372,19 +376,18 @@ class language_model {
       const index_t end = std::min(begin + chunk, N);
       const view<const T, 2> normed = std::as_const(w.normed).view().slice(0, begin, end);
       const view<T, 2> logits = as_view(logits_.data(), end - begin, V);
-      matmul(ctx, matmul_args<T>{.a = normed, .b = all.embedding, .c = logits, .transpose_b = true});
+      matmul(ctx, matmul_args<T>{.a = normed, .b = all.head, .c = logits, .transpose_b = true});
       cross_entropy(ctx, cross_entropy_args<T>{.logits = logits,
                                                .labels = std::as_const(w.labels).view().slice(0, begin, end),
                                                .weight = weight,
                                                .loss = w.loss,
                                                .dlogits = dw ? logits : view<T, 2>{}});
       if (!dw) continue;
-      matmul(ctx, matmul_args<T, A>{
-                      .a = logits, .b = normed, .c = dw->embedding, .addend = dw->embedding, .transpose_a = true});
-      matmul(ctx, matmul_args<T>{.a = logits, .b = all.embedding, .c = w.dnormed.view().slice(0, begin, end)});
+      matmul(ctx, matmul_args<T, A>{.a = logits, .b = normed, .c = dw->head, .addend = dw->head, .transpose_a = true});
+      matmul(ctx, matmul_args<T>{.a = logits, .b = all.head, .c = w.dnormed.view().slice(0, begin, end)});
     }
     if (dw) {
-      fill(ctx, w.dstream.as(w.dstream.size()), T{});
+      fill(ctx, w.dstream.as(w.dstream.size()), A(0));
       rms_norm_backward(
           ctx, rms_norm_backward_args<T>{
                    .x = x, .weight = all.norm, .rstd = w.rstd, .dy = w.dnormed, .dx = w.dstream, .dweight = dw->norm});

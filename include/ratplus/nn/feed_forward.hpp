@@ -2,6 +2,7 @@
 // The feed-forward layer: y = x + GELU(RMSNorm(x) · W_1ᵀ) · W_2ᵀ (SPEC §4)
 
 #include "ratplus/nn/parameters.hpp"
+#include "ratplus/nn/residual.hpp"
 #include "ratplus/ops/gelu.hpp"
 #include "ratplus/ops/matmul.hpp"
 #include "ratplus/ops/norm.hpp"
@@ -17,28 +18,30 @@ struct feed_forward_tape {
   feed_forward_tape(const model_config& c, index_t rows) : rstd(rows), hidden(rows, c.d_ffn) {}
 };
 
-/// x (N, d) → y (N, d); `normed` (N, d) and `activated` (N, F) are overwritten. y may be x.
+/// x (N, d) → y (N, d), the residual stream; `normed` (N, d) and `activated` (N, F) are overwritten. y may be x.
 template <Context Ctx, class T>
-void feed_forward_forward(Ctx& ctx, const feed_forward_weights<const T>& w, view<const T, 2> x,
+void feed_forward_forward(Ctx& ctx, const feed_forward_weights<const T>& w, view<const accumulator_t<T>, 2> x,
                           feed_forward_tape<T, typename Ctx::space>& tape, view<T, 2> normed, view<T, 2> activated,
-                          view<T, 2> y) {
+                          view<accumulator_t<T>, 2> y) {
+  using A = accumulator_t<T>;
   rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = normed, .rstd = tape.rstd});
   matmul(ctx, matmul_args<T>{.a = normed, .b = w.fc1, .c = tape.hidden, .transpose_b = true});
   gelu_forward<Ctx, T>(ctx, tape.hidden, activated);
-  matmul(ctx, matmul_args<T>{.a = activated, .b = w.fc2, .c = y, .addend = x, .transpose_b = true});
+  matmul(ctx, matmul_args<T, A>{.a = activated, .b = w.fc2, .c = y, .addend = x, .transpose_b = true});
 }
 
 /// `dy` (N, d) is the gradient of y on entry and of x on return. Weight gradients are added to `dw`; normed, dnormed
 /// (N, d), activated and dhidden (N, F) are overwritten.
 template <Context Ctx, class T>
-void feed_forward_backward(Ctx& ctx, const feed_forward_weights<const T>& w, view<const T, 2> x,
-                           const feed_forward_tape<T, typename Ctx::space>& tape, view<T, 2> dy,
+void feed_forward_backward(Ctx& ctx, const feed_forward_weights<const T>& w, view<const accumulator_t<T>, 2> x,
+                           const feed_forward_tape<T, typename Ctx::space>& tape, view<accumulator_t<T>, 2> dy,
                            const feed_forward_weights<accumulator_t<T>>& dw, view<T, 2> normed, view<T, 2> dnormed,
                            view<T, 2> activated, view<T, 2> dhidden) {
   using A = accumulator_t<T>;
+  const view<const T, 2> factor = as_factor<Ctx, T>(ctx, dy, dnormed);
   gelu_forward<Ctx, T>(ctx, tape.hidden, activated);
-  matmul(ctx, matmul_args<T, A>{.a = dy, .b = activated, .c = dw.fc2, .addend = dw.fc2, .transpose_a = true});
-  matmul(ctx, matmul_args<T>{.a = dy, .b = w.fc2, .c = dhidden});
+  matmul(ctx, matmul_args<T, A>{.a = factor, .b = activated, .c = dw.fc2, .addend = dw.fc2, .transpose_a = true});
+  matmul(ctx, matmul_args<T>{.a = factor, .b = w.fc2, .c = dhidden});
   gelu_backward<Ctx, T>(ctx, tape.hidden, dhidden, dhidden);
   rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = normed, .rstd = {}});
   matmul(ctx, matmul_args<T, A>{.a = dhidden, .b = normed, .c = dw.fc1, .addend = dw.fc1, .transpose_a = true});

@@ -5,6 +5,7 @@
 // gated output, cheap to make again, are not.
 
 #include "ratplus/nn/parameters.hpp"
+#include "ratplus/nn/residual.hpp"
 #include "ratplus/ops/attend.hpp"
 #include "ratplus/ops/gate.hpp"
 #include "ratplus/ops/matmul.hpp"
@@ -80,12 +81,13 @@ struct mixer_memory {
   explicit operator bool() const { return static_cast<bool>(heads); }
 };
 
-/// x (N, d) → y (N, d); `scratch` (N, d) is overwritten. y may be x.
+/// x (N, d) → y (N, d), the residual stream; `scratch` (N, d) is overwritten. y may be x.
 template <Context Ctx, Cell C, HeadPattern P, class T, class KV>
 void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config& c, batch_shape s,
-                   const mixer_weights<const T>& w, view<const accumulator_t<T>, 2> rope, view<const T, 2> x,
-                   const mixer_memory<T, KV>& memory, mixer_tape<T, typename Ctx::space>& tape, view<T, 2> scratch,
-                   view<T, 2> y) {
+                   const mixer_weights<const T>& w, view<const accumulator_t<T>, 2> rope,
+                   view<const accumulator_t<T>, 2> x, const mixer_memory<T, KV>& memory,
+                   mixer_tape<T, typename Ctx::space>& tape, view<T, 2> scratch, view<accumulator_t<T>, 2> y) {
+  using A = accumulator_t<T>;
   rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = scratch, .rstd = tape.rstd});
   matmul(ctx, matmul_args<T>{.a = scratch, .b = w.in_proj, .c = tape.projected, .transpose_b = true});
   const projection_slices<T> in(tape.projected, c, s, C::gated);
@@ -123,26 +125,28 @@ void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config
                                                .spans = memory.spans});
 
   gate_forward<Ctx, T>(ctx, tape.attended, in.out_gate, scratch);
-  matmul(ctx, matmul_args<T>{.a = scratch, .b = w.out_proj, .c = y, .addend = x, .transpose_b = true});
+  matmul(ctx, matmul_args<T, A>{.a = scratch, .b = w.out_proj, .c = y, .addend = x, .transpose_b = true});
 }
 
 /// `dy` (N, d) is the gradient of y on entry and of x on return. Weight gradients are added to `dw`. dprojected is like
 /// tape.projected; normed and dnormed (N, d) are overwritten.
 template <Context Ctx, Cell C, HeadPattern P, class T>
 void mixer_backward(Ctx& ctx, const C& cell, const P& pattern, const model_config& c, batch_shape s,
-                    const mixer_weights<const T>& w, view<const accumulator_t<T>, 2> rope, view<const T, 2> x,
-                    const mixer_tape<T, typename Ctx::space>& tape, view<T, 2> dy,
-                    const mixer_weights<accumulator_t<T>>& dw, view<T, 2> dprojected, view<T, 2> normed,
-                    view<T, 2> dnormed) {
+                    const mixer_weights<const T>& w, view<const accumulator_t<T>, 2> rope,
+                    view<const accumulator_t<T>, 2> x, const mixer_tape<T, typename Ctx::space>& tape,
+                    view<accumulator_t<T>, 2> dy, const mixer_weights<accumulator_t<T>>& dw, view<T, 2> dprojected,
+                    view<T, 2> normed, view<T, 2> dnormed) {
   using A = accumulator_t<T>;
   const projection_slices<const T> in(tape.projected, c, s, C::gated);
   const projection_slices<T> d(dprojected, c, s, C::gated);
 
   // y = gated · W_outᵀ + x
-  gate_forward<Ctx, T>(ctx, tape.attended, in.out_gate, normed);
-  matmul(ctx, matmul_args<T, A>{.a = dy, .b = normed, .c = dw.out_proj, .addend = dw.out_proj, .transpose_a = true});
-  matmul(ctx, matmul_args<T>{.a = dy, .b = w.out_proj, .c = dnormed});
-  gate_backward<Ctx, T>(ctx, tape.attended, in.out_gate, dnormed, dnormed, d.out_gate);
+  const view<const T, 2> factor = as_factor<Ctx, T>(ctx, dy, dnormed);
+  const view<T, 2> gated = normed, dgated = normed;  // one after the other
+  gate_forward<Ctx, T>(ctx, tape.attended, in.out_gate, gated);
+  matmul(ctx, matmul_args<T, A>{.a = factor, .b = gated, .c = dw.out_proj, .addend = dw.out_proj, .transpose_a = true});
+  matmul(ctx, matmul_args<T>{.a = factor, .b = w.out_proj, .c = dgated});
+  gate_backward<Ctx, T>(ctx, tape.attended, in.out_gate, dgated, dgated, d.out_gate);
 
   const view<const T, 4> keys = as_heads(tape.keys.view(), c, s);
   const view<const T, 4> values = IdentityCell<C> ? in.v : as_heads(tape.values.view(), c, s);
@@ -151,7 +155,7 @@ void mixer_backward(Ctx& ctx, const C& cell, const P& pattern, const model_confi
                                           .k = keys,
                                           .v = values,
                                           .out = as_heads(tape.attended.view(), c, s),
-                                          .dout = as_heads(view<const T, 2>(dnormed), c, s),
+                                          .dout = as_heads(view<const T, 2>(dgated), c, s),
                                           .lse = tape.lse,
                                           .dq = d.q,
                                           .dk = d.k,

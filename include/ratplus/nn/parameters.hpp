@@ -4,25 +4,31 @@
 // place that knows their order.
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "ratplus/core/scalar.hpp"
 #include "ratplus/core/tensor.hpp"
 #include "ratplus/nn/config.hpp"
 
 namespace ratplus {
 
+/// Type of the parameters that no product of T reads.
+template <class T>
+using master_t = std::conditional_t<std::is_const_v<T>, const accumulator_t<T>, accumulator_t<T>>;
+
 template <class T>
 struct mixer_weights {
-  view<T, 1> norm;      // (d)
-  view<T, 2> in_proj;   // (5d, d): o, q, k, v, g; (4d, d) for a cell without a gate
-  view<T, 2> out_proj;  // (d, d)
+  view<master_t<T>, 1> norm;  // (d)
+  view<T, 2> in_proj;         // (5d, d): o, q, k, v, g; (4d, d) for a cell without a gate
+  view<T, 2> out_proj;        // (d, d)
 };
 
 template <class T>
 struct feed_forward_weights {
-  view<T, 1> norm;  // (d)
-  view<T, 2> fc1;   // (F, d)
-  view<T, 2> fc2;   // (d, F)
+  view<master_t<T>, 1> norm;  // (d)
+  view<T, 2> fc1;             // (F, d)
+  view<T, 2> fc2;             // (d, F)
 };
 
 template <class T>
@@ -33,9 +39,10 @@ struct block_weights {
 
 template <class T>
 struct model_weights {
-  view<T, 2> embedding;  // (V, d), also the output head
+  view<master_t<T>, 2> embedding;  // (V, d)
+  view<T, 2> head;                 // (V, d), the embedding as a factor of products
   std::vector<block_weights<T>> blocks;
-  view<T, 1> norm;  // (d)
+  view<master_t<T>, 1> norm;  // (d)
 };
 
 class parameter_layout {
@@ -74,20 +81,22 @@ class parameter_layout {
     return n;
   }
 
-  /// Views of the tensors in a flat buffer of this layout.
+  /// Views of the tensors in flat buffers of this layout: what products read in `products`, the others in `master`. The
+  /// two may be one.
   template <class T>
-  [[nodiscard]] model_weights<T> weights(view<T, 1> flat) const {
+  [[nodiscard]] model_weights<T> weights(view<T, 1> products, view<master_t<T>, 1> master) const {
     std::size_t next = 0;
     const auto vector = [&] {
       const entry& e = entries_[next++];
-      return as_view(flat.data() + e.offset, e.shape[0]);
+      return as_view(master.data() + e.offset, e.shape[0]);
     };
     const auto matrix = [&] {
       const entry& e = entries_[next++];
-      return as_view(flat.data() + e.offset, e.shape[0], e.shape[1]);
+      return as_view(products.data() + e.offset, e.shape[0], e.shape[1]);
     };
     model_weights<T> w;
-    w.embedding = matrix();
+    w.head = matrix();
+    w.embedding = {master.data() + entries_[0].offset, w.head.shape()};
     while (next + 1 < entries_.size()) {
       block_weights<T> b;
       b.mixer.norm = vector();

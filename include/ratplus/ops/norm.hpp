@@ -1,5 +1,7 @@
 #pragma once
 // RMSNorm: y = x · rstd ⊙ w, rstd = 1 / sqrt(mean(x²) + eps), eps = 1e-6 (SPEC §1)
+//
+// Norms are what reads the residual stream: x and dx have its type, y and dy that of the products around it.
 
 #include "ratplus/ops/context.hpp"
 
@@ -9,10 +11,10 @@ inline constexpr double rms_norm_epsilon = 1e-6;
 
 template <class T>
 struct rms_norm_forward_args {
-  view<const T, 2> x = {};              // (N, d)
-  view<const T, 1> weight = {};         // (d)
-  view<T, 2> y = {};                    // (N, d), written; may be x
-  view<accumulator_t<T>, 1> rstd = {};  // (N), written; absent: not wanted
+  view<const accumulator_t<T>, 2> x = {};       // (N, d)
+  view<const accumulator_t<T>, 1> weight = {};  // (d)
+  view<T, 2> y = {};                            // (N, d), written; may be x where the types are the same
+  view<accumulator_t<T>, 1> rstd = {};          // (N), written; absent: not wanted
 };
 
 template <Context Ctx, class T>
@@ -26,12 +28,12 @@ void rms_norm_forward(Ctx& ctx, const rms_norm_forward_args<T>& p) {
 
 template <class T>
 struct rms_norm_backward_args {
-  view<const T, 2> x = {};                    // (N, d)
-  view<const T, 1> weight = {};               // (d)
-  view<const accumulator_t<T>, 1> rstd = {};  // (N), from the forward pass
-  view<const T, 2> dy = {};                   // (N, d)
-  view<T, 2> dx = {};                         // (N, d), added to
-  view<accumulator_t<T>, 1> dweight = {};     // (d), added to
+  view<const accumulator_t<T>, 2> x = {};       // (N, d)
+  view<const accumulator_t<T>, 1> weight = {};  // (d)
+  view<const accumulator_t<T>, 1> rstd = {};    // (N), from the forward pass
+  view<const T, 2> dy = {};                     // (N, d)
+  view<accumulator_t<T>, 2> dx = {};            // (N, d), added to
+  view<accumulator_t<T>, 1> dweight = {};       // (d), added to
 };
 
 template <Context Ctx, class T>

@@ -1,6 +1,6 @@
 #pragma once
 // One block per row; the row is read twice, the second time from cache. The weight's gradient is summed per block over
-// the block's rows and then over the blocks, in an order that never changes.
+// the block's rows and then over the blocks, in an order that never changes. Accesses are as wide as x and dx allow.
 
 #include <cub/block/block_reduce.cuh>
 
@@ -27,7 +27,7 @@ __device__ inline float block_sum(float x) {
 template <int V, class T>
 __global__ void __launch_bounds__(row_threads) rms_norm_forward_kernel(rms_norm_forward_args<T> p) {
   const index_t d = p.x.extent(1), row = blockIdx.x;
-  const T* x = p.x.row(row);
+  const float* x = p.x.row(row);
   float squares = 0;
   for (index_t i = threadIdx.x * V; i < d; i += row_threads * V) {
     float v[V];
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(row_threads)
 
 template <class T>
 void rms_norm_forward_on(context& ctx, const rms_norm_forward_args<T>& p) {
-  constexpr int V = detail::widest<T>;
+  constexpr int V = detail::widest<float>;
   const bool wide =
       p.x.extent(1) % V == 0 && detail::aligned(p.x, V) && detail::aligned(p.y, V) && detail::aligned(p.weight, V);
   detail::launch(ctx, "rms_norm", wide ? detail::rms_norm_forward_kernel<V, T> : detail::rms_norm_forward_kernel<1, T>,
@@ -112,7 +112,7 @@ void rms_norm_forward_on(context& ctx, const rms_norm_forward_args<T>& p) {
 
 template <class T>
 void rms_norm_backward_on(context& ctx, const rms_norm_backward_args<T>& p) {
-  constexpr int V = detail::widest<T>;
+  constexpr int V = detail::widest<float>;
   const index_t N = p.x.extent(0), d = p.x.extent(1);
   const bool wide = d % V == 0 && detail::aligned(p.x, V) && detail::aligned(p.dx, V) && detail::aligned(p.dy, V) &&
                     detail::aligned(p.weight, V);

@@ -12,10 +12,9 @@ void rms_norm_forward_on(context&, const rms_norm_forward_args<T>& p) {
   const index_t N = p.x.extent(0), d = p.x.extent(1);
   for (index_t n = 0; n < N; ++n) {
     double squares = 0;  // one after the other in float32, thousands of positive terms would lose two digits
-    for (index_t i = 0; i < d; ++i)
-      squares += static_cast<double>(wide(p.x(n, i))) * static_cast<double>(wide(p.x(n, i)));
+    for (index_t i = 0; i < d; ++i) squares += static_cast<double>(p.x(n, i)) * static_cast<double>(p.x(n, i));
     const A rstd = static_cast<A>(1 / std::sqrt(squares / static_cast<double>(d) + rms_norm_epsilon));
-    for (index_t i = 0; i < d; ++i) p.y(n, i) = static_cast<T>(wide(p.x(n, i)) * rstd * wide(p.weight[i]));
+    for (index_t i = 0; i < d; ++i) p.y(n, i) = static_cast<T>(p.x(n, i) * rstd * p.weight[i]);
     if (p.rstd) p.rstd[n] = rstd;
   }
 }
@@ -28,11 +27,11 @@ void rms_norm_backward_on(context&, const rms_norm_backward_args<T>& p) {
   for (index_t n = 0; n < N; ++n) {
     const A rstd = p.rstd[n];
     A mean = 0;
-    for (index_t i = 0; i < d; ++i) mean += wide(p.weight[i]) * wide(p.dy(n, i)) * wide(p.x(n, i)) * rstd;
+    for (index_t i = 0; i < d; ++i) mean += p.weight[i] * wide(p.dy(n, i)) * p.x(n, i) * rstd;
     mean /= static_cast<A>(d);
     for (index_t i = 0; i < d; ++i) {
-      const A normed = wide(p.x(n, i)) * rstd, dy = wide(p.dy(n, i));
-      p.dx(n, i) = static_cast<T>(wide(p.dx(n, i)) + rstd * (wide(p.weight[i]) * dy - normed * mean));
+      const A normed = p.x(n, i) * rstd, dy = wide(p.dy(n, i));
+      p.dx(n, i) += rstd * (p.weight[i] * dy - normed * mean);
       p.dweight[i] += dy * normed;
     }
   }
