@@ -61,15 +61,17 @@ __device__ void find_bounds(row_bounds<past_rows::runs>& rows, const Heads& head
   else
     set(3, source::gathered, 0, (anchors.end - first_gathered + D - 1) / D);
 
+  // A window that has left the past stays at its end: ranges of rows that see nothing must not reach beyond it.
   // Positions of the ring from `turn` on lie at its beginning.
-  const index_t begin = old(2).begin, end = old(2).end, ring = head.offset + where.first_ring_slot();
+  const index_t begin = old(2).begin < first ? old(2).begin : first, end = first;
   const index_t slots = where.window_slots(), turn = slots > 0 ? first / slots * slots : 0;
+  const index_t ring = head.offset + where.first_ring_slot();
   if (all_kept) {
     set(4, source::pool, pooled + begin, pooled + end);
     set(5, source::pool, 0, 0);
   } else {
     const index_t lap = ring + slots - turn;
-    set(4, source::pool, lap + begin, lap + (end < turn ? end : turn));
+    set(4, source::pool, lap + (begin < turn ? begin : turn), lap + turn);
     set(5, source::pool, ring + (begin > turn ? begin : turn) - turn, ring + end - turn);
   }
   set(6, source::fresh, now(2).begin - first, now(2).end - first);
