@@ -55,6 +55,20 @@ device_tensor<T, R> random_tensor(device_context& ctx, ratplus::extents<R> shape
   return x;
 }
 
+/// Weights of a model as its `initialise` would draw them, made on the device: a billion normal numbers take a host
+/// long.
+template <class Model>
+void initialise(device_context& ctx, Model& model) {
+  for (const auto& e : model.layout().entries()) {
+    const ratplus::view<float, 1> x = model.parameters().slice(0, e.offset, e.offset + e.size());
+    if (e.is_norm())
+      ratplus::fill(ctx, x, 1.0f);
+    else
+      random_kernel<<<1024, 256, 0, ctx.stream()>>>(x.data(), x.size(), static_cast<unsigned>(e.offset), 0.02f);
+  }
+  model.parameters_changed(ctx);
+}
+
 template <class T, int R>
 std::vector<float> on_host(device_context& ctx, const device_tensor<T, R>& x) {
   std::vector<T> all(static_cast<std::size_t>(x.size()));

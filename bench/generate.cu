@@ -145,7 +145,7 @@ int main(int argc, char** argv) try {
   std::printf("%s, copy %.2f TB/s; 24 layers, d 2048, 16 heads of 128\n", ctx.properties().name, copy);
   constexpr index_t longest = 262144;
   model_t model(ctx, config_of(2048, 24, 16, longest));
-  model.initialise(ctx, 1);
+  initialise(ctx, model);
   if (decode)
     for (const index_t B : {1, 64})
       for (const char* text : {"dense", "dilated:16", "dilated:64", "dilated:16+local:256"})

@@ -97,7 +97,7 @@ double gibibytes_in_use() {
 
 void measure(device_context& ctx, const size& s, index_t batch, double rate) {
   language_model<gated_average, bfloat16, ratplus::cuda::space> model(ctx, config_of(s, length));
-  model.initialise(ctx, 1);
+  initialise(ctx, model);
   training trainer(ctx, model);
   const auto tokens = random_tokens(batch * length, 4), labels = random_tokens(batch * length, 5);
   const token_batch text{as_view(tokens.data(), batch, length), as_view(labels.data(), batch, length)};
