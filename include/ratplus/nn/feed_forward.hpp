@@ -39,10 +39,9 @@ void feed_forward_backward(Ctx& ctx, const feed_forward_weights<const T>& w, vie
                            view<T, 2> activated, view<T, 2> dhidden) {
   using A = accumulator_t<T>;
   const view<const T, 2> factor = as_factor<Ctx, T>(ctx, dy, dnormed);
-  gelu_forward<Ctx, T>(ctx, tape.hidden, activated);
-  matmul(ctx, matmul_args<T, A>{.a = factor, .b = activated, .c = dw.fc2, .addend = dw.fc2, .transpose_a = true});
   matmul(ctx, matmul_args<T>{.a = factor, .b = w.fc2, .c = dhidden});
-  gelu_backward<Ctx, T>(ctx, tape.hidden, dhidden, dhidden);
+  gelu_backward<Ctx, T>(ctx, tape.hidden, dhidden, dhidden, activated);
+  matmul(ctx, matmul_args<T, A>{.a = factor, .b = activated, .c = dw.fc2, .addend = dw.fc2, .transpose_a = true});
   rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = normed, .rstd = {}});
   matmul(ctx, matmul_args<T, A>{.a = dhidden, .b = normed, .c = dw.fc1, .addend = dw.fc1, .transpose_a = true});
   matmul(ctx, matmul_args<T>{.a = dhidden, .b = w.fc1, .c = dnormed});

@@ -23,14 +23,14 @@ void gelu_forward_on(context&, view<const T, 2> x, view<T, 2> y) {
 }
 
 template <class T>
-void gelu_backward_on(context&, view<const T, 2> x, view<const T, 2> dy, view<T, 2> dx) {
+void gelu_backward_on(context&, view<const T, 2> x, view<const T, 2> dy, view<T, 2> dx, view<T, 2> y) {
   using A = accumulator_t<T>;
   const A density_at_0 = std::numbers::inv_sqrtpi_v<A> / std::numbers::sqrt2_v<A>;
   for (index_t n = 0; n < x.extent(0); ++n)
     for (index_t i = 0; i < x.extent(1); ++i) {
-      const A v = wide(x(n, i));
-      dx(n, i) =
-          static_cast<T>(wide(dy(n, i)) * (detail::normal_cdf(v) + v * density_at_0 * std::exp(A(-0.5) * v * v)));
+      const A v = wide(x(n, i)), cdf = detail::normal_cdf(v);
+      dx(n, i) = static_cast<T>(wide(dy(n, i)) * (cdf + v * density_at_0 * std::exp(A(-0.5) * v * v)));
+      if (y) y(n, i) = static_cast<T>(v * cdf);
     }
 }
 
