@@ -19,7 +19,7 @@ RATPLUS_INLINE normal standard_normal(pack x) {
   const pack a = absolute(x), one(1.0f);
   const pack bell = exp(pack(-0.5f) * a * a);
   const pack t = one / multiply_add(pack(0.3f), a, one);
-  const pack tail = bell * normal_tail_ratio(t, [](pack x, pack y, pack z) { return multiply_add(x, y, z); });
+  const pack tail = bell * normal_tail_ratio(t, [](pack u, pack v, pack w) { return multiply_add(u, v, w); });
   return {select(x.v < pack::floats{}, tail, one - tail), pack(0.398942280f) * bell};
 }
 
