@@ -19,5 +19,7 @@ struct cuda_backend {
 struct cuda_float : cuda_backend<float> {};
 struct cuda_bfloat16 : cuda_backend<bfloat16> {};
 #define RATPLUS_TEST_BACKENDS ratplus_tests::cuda_float, ratplus_tests::cuda_bfloat16
+/// For whole models in full precision.
+#define RATPLUS_TEST_MODEL_BACKENDS ratplus_tests::cuda_float
 
 }  // namespace ratplus_tests

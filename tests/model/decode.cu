@@ -1,0 +1,2 @@
+// model/decode.cpp on CUDA: the same cases.
+#include "decode.cpp"

@@ -1,0 +1,2 @@
+// model/generate.cpp on CUDA: the same cases.
+#include "generate.cpp"

@@ -1,0 +1,2 @@
+// model/golden.cpp on CUDA: the same cases.
+#include "golden.cpp"

@@ -1,0 +1,2 @@
+// train/golden.cpp on CUDA: the same cases.
+#include "golden.cpp"
