@@ -4,9 +4,11 @@
 // decoding step by step chooses as the forward pass does.
 //
 //     generate_cuda                decoding at batch 1 and 64, then prefill of 262144 tokens
-//     generate_cuda decode|prefill
+//     generate_cuda decode [BATCH PATTERN]
+//     generate_cuda prefill
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 
@@ -146,7 +148,9 @@ int main(int argc, char** argv) try {
   constexpr index_t longest = 262144;
   model_t model(ctx, config_of(2048, 24, 16, longest));
   initialise(ctx, model);
-  if (decode)
+  if (decode && argc > 3)
+    measure_decoding(ctx, model, parse_pattern(argv[3]), std::atoll(argv[2]), copy);
+  else if (decode)
     for (const index_t B : {1, 64})
       for (const char* text : {"dense", "dilated:16", "dilated:64", "dilated:16+local:256"})
         measure_decoding(ctx, model, parse_pattern(text), B, copy);
