@@ -10,6 +10,7 @@ namespace detail {
 
 template <int V, class T, class KV>
 __global__ void __launch_bounds__(row_threads) cache_append_kernel(cache_append_args<T, KV> p) {
+  wait_for_previous();
   const index_t H = p.k.extent(1), rows = p.k.extent(2), d = p.k.extent(3);
   const index_t row = (static_cast<index_t>(blockIdx.x) * row_threads + threadIdx.x) / 32;
   if (row >= p.k.extent(0) * H * rows) return;
@@ -53,9 +54,9 @@ void cache_append_on(context& ctx, const cache_append_args<T, KV>& p) {
   const bool wide = p.k.extent(3) % V == 0 && detail::aligned(p.k, V) && detail::aligned(p.v, V) &&
                     detail::aligned(p.k_pool, V) && detail::aligned(p.v_pool, V);
   const index_t rows = p.k.extent(0) * p.k.extent(1) * p.k.extent(2);
-  detail::launch(
+  detail::launch_overlapped(
       ctx, "cache append", wide ? detail::cache_append_kernel<V, T, KV> : detail::cache_append_kernel<1, T, KV>,
-      dim3(static_cast<unsigned>(detail::ceil_div(rows, detail::row_threads / 32))), dim3(detail::row_threads), 0, p);
+      dim3(static_cast<unsigned>(detail::ceil_div(rows, detail::row_threads / 32))), dim3(detail::row_threads), p);
 }
 
 }  // namespace ratplus::cuda

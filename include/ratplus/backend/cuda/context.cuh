@@ -206,6 +206,33 @@ void launch(context& ctx, const char* what, void (*kernel)(Params...), dim3 grid
   ctx.count_launch();
 }
 
+/// The first statement of a kernel that launch_overlapped starts: it may begin while the kernel before it still runs,
+/// and waits here until that one's results are there. The kernel after it may begin, too.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// `launch` of a kernel that begins with wait_for_previous(), where the device can start kernels early: between the
+/// short kernels of a decoded token that is a good part of the time.
+template <class... Params, class... Args>
+void launch_overlapped(context& ctx, const char* what, void (*kernel)(Params...), dim3 grid, dim3 block,
+                       const Args&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = ctx.stream();
+  config.attrs = &early;
+  config.numAttrs = ctx.properties().major >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, Params(args)...), what);
+  ctx.count_launch();
+}
+
 /// Hands out pieces of a block of memory, each aligned to 256 bytes; with no block, only adds up their sizes.
 class carver {
  public:

@@ -26,6 +26,7 @@ __device__ inline float block_sum(float x) {
 
 template <int V, class T>
 __global__ void __launch_bounds__(row_threads) rms_norm_forward_kernel(rms_norm_forward_args<T> p) {
+  wait_for_previous();
   const index_t d = p.x.extent(1), row = blockIdx.x;
   const float* x = p.x.row(row);
   float squares = 0;
@@ -106,8 +107,9 @@ void rms_norm_forward_on(context& ctx, const rms_norm_forward_args<T>& p) {
   constexpr int V = detail::widest<float>;
   const bool wide =
       p.x.extent(1) % V == 0 && detail::aligned(p.x, V) && detail::aligned(p.y, V) && detail::aligned(p.weight, V);
-  detail::launch(ctx, "rms_norm", wide ? detail::rms_norm_forward_kernel<V, T> : detail::rms_norm_forward_kernel<1, T>,
-                 dim3(static_cast<unsigned>(p.x.extent(0))), dim3(detail::row_threads), 0, p);
+  detail::launch_overlapped(ctx, "rms_norm",
+                            wide ? detail::rms_norm_forward_kernel<V, T> : detail::rms_norm_forward_kernel<1, T>,
+                            dim3(static_cast<unsigned>(p.x.extent(0))), dim3(detail::row_threads), p);
 }
 
 template <class T>

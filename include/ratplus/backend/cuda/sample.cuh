@@ -1,11 +1,10 @@
 #pragma once
-// Greedy choice is a reduction. Sampling sorts each row's logits (stably, so that equal ones keep the order of their
-// ids), then one block walks the cumulative probabilities in double: the same candidates, in the same order, as on the
-// host.
+// One block chooses for one row, without sorting it. What top-k and top-p keep is everything above a threshold, found
+// digit by digit from histograms; the draw then walks what is kept in the order of the ids. Probabilities are integers
+// (40 bits of fraction), so that sums do not depend on their order.
 
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
-#include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "ratplus/backend/cuda/detail/rows.cuh"
 #include "ratplus/ops/sample.hpp"
@@ -14,148 +13,213 @@ namespace ratplus::cuda {
 
 namespace detail {
 
-inline constexpr int sample_threads = 512;
+inline constexpr int sample_threads = 1024, sample_warps = sample_threads / 32;
+
+using weight_t = unsigned long long;
+
+/// Logits as unsigned numbers of the same order.
+__device__ inline unsigned key_of(float logit) {
+  const unsigned bits = __float_as_uint(logit);
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float logit_of(unsigned key) { return __uint_as_float(key >> 31 != 0 ? key & 0x7fffffffu : ~key); }
 
 struct candidate {
-  float logit;
+  unsigned key;
   token_t id;
 };
-
 struct more_probable {
   __device__ candidate operator()(const candidate& a, const candidate& b) const {
-    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id) ? a : b;
+    return a.key > b.key || (a.key == b.key && a.id < b.id) ? a : b;
   }
 };
+
+/// The most probable token of a row, the lowest id among equals, in every thread.
+template <class T>
+__device__ candidate most_probable(const T* z, index_t V) {
+  candidate best{0, static_cast<token_t>(V - 1)};
+  for (index_t i = threadIdx.x; i < V; i += sample_threads)
+    best = more_probable{}(candidate{key_of(to_float(z[i])), static_cast<token_t>(i)}, best);
+  using reduce = cub::BlockReduce<candidate, sample_threads>;
+  __shared__ typename reduce::TempStorage storage;
+  __shared__ candidate shared;
+  best = reduce(storage).Reduce(best, more_probable{});
+  if (threadIdx.x == 0) shared = best;
+  __syncthreads();
+  return shared;
+}
 
 template <class T>
 __global__ void __launch_bounds__(sample_threads) greedy_kernel(sample_args<T> p) {
-  const index_t b = blockIdx.x, V = p.logits.extent(1);
-  const T* z = p.logits.row(b);
-  candidate best{-__int_as_float(0x7f800000), static_cast<token_t>(V - 1)};
-  for (index_t i = threadIdx.x; i < V; i += sample_threads)
-    best = more_probable{}(candidate{to_float(z[i]), static_cast<token_t>(i)}, best);
-  using reduce = cub::BlockReduce<candidate, sample_threads>;
-  __shared__ typename reduce::TempStorage storage;
-  best = reduce(storage).Reduce(best, more_probable{});
+  const index_t b = blockIdx.x;
+  const candidate best = most_probable(p.logits.row(b), p.logits.extent(1));
   if (threadIdx.x == 0) p.token[b] = best.id;
 }
 
-/// Logits as floats and their ids, rows after one another, and the rows' beginnings.
-template <class T>
-struct sortable_rows {
-  view<const T, 2> logits;
-  float* keys;
-  token_t *ids, *begins;
-
-  template <int>
-  __device__ void at(index_t row, index_t column) const {
-    const index_t V = logits.extent(1);
-    keys[row * V + column] = to_float(logits(row, column));
-    ids[row * V + column] = static_cast<token_t>(column);
-    if (column == 0) begins[row] = static_cast<token_t>(row * V);
-    if (column == V - 1) begins[row + 1] = static_cast<token_t>((row + 1) * V);
-  }
+/// The tokens that are kept: those with a greater key, and the first `equal` of those with this one.
+struct threshold {
+  unsigned key = 0;
+  weight_t equal = 0;
 };
 
-/// First i < count at which the sum of weights 0 … i passes the target, and that sum; count and the whole sum when none
-/// does. `reached`: the target itself counts as passed.
-struct crossing {
-  index_t at;
-  double sum;
-};
-template <class Weight>
-__device__ crossing find_crossing(index_t count, double target, bool reached, const Weight& weight) {
-  using scan = cub::BlockScan<double, sample_threads>;
+/// The fewest most probable of the tokens within `outer` whose measures add up to `limit`, which lies between 1 and the
+/// sum of all. The measure is a function of the key.
+template <class T, class Measure>
+__device__ __noinline__ threshold select(const T* z, index_t V, const threshold& outer, weight_t limit,
+                                         const Measure& measure) {
+  constexpr int digit_bits = 11, bins = 1 << digit_bits;
+  static_assert(bins == 2 * sample_threads);
+  using scan = cub::BlockScan<weight_t, sample_threads>;
   __shared__ typename scan::TempStorage storage;
-  __shared__ index_t found;
-  __shared__ double found_sum;
-  double before = 0;
-  for (index_t begin = 0; begin < count; begin += sample_threads) {
-    const index_t i = begin + threadIdx.x;
-    if (threadIdx.x == 0) found = count;
-    double sum = 0, total = 0;
-    scan(storage).InclusiveSum(i < count ? weight(i) : 0.0, sum, total);
-    sum += before;
-    before += total;
+  __shared__ weight_t histogram[bins];
+  __shared__ weight_t limit_within;
+  __shared__ unsigned digit;
+  unsigned prefix = 0;
+  for (int shift = 21, high = 32; high > 0; high = shift, shift = shift > digit_bits ? shift - digit_bits : 0) {
+    const auto bin_of = [&](unsigned key) { return static_cast<int>((key >> shift) & ((1u << (high - shift)) - 1)); };
+    const auto within = [&](unsigned key) { return high == 32 || key >> high == prefix >> high; };
+    histogram[threadIdx.x] = histogram[threadIdx.x + sample_threads] = 0;
     __syncthreads();
-    const bool passed = i < count && (reached ? sum >= target : sum > target);
-    // Sums increase, so the passed are the last threads: the first of them is the one whose predecessor is not.
-    if (passed) atomicMin(reinterpret_cast<unsigned long long*>(&found), static_cast<unsigned long long>(i));
+    for (index_t i = threadIdx.x; i < V; i += sample_threads) {
+      const unsigned key = key_of(to_float(z[i]));
+      if (key > outer.key && within(key)) atomicAdd(&histogram[bin_of(key)], measure(key));
+    }
+    if (threadIdx.x == 0 && outer.equal > 0 && within(outer.key))
+      atomicAdd(&histogram[bin_of(outer.key)], outer.equal * measure(outer.key));
     __syncthreads();
-    if (found == i) found_sum = sum;
+    // A thread has two bins, the first threads the highest.
+    const int upper = bins - 1 - 2 * static_cast<int>(threadIdx.x);
+    const weight_t a = histogram[upper], b = histogram[upper - 1];
+    weight_t before = 0;
+    scan(storage).ExclusiveSum(a + b, before);
+    if (before < limit && limit <= before + a + b) {
+      const bool first = limit <= before + a;
+      digit = static_cast<unsigned>(first ? upper : upper - 1);
+      limit_within = limit - before - (first ? 0 : a);
+    }
     __syncthreads();
-    if (found < count) return {found, found_sum};
-    __syncthreads();
+    prefix |= digit << shift;
+    limit = limit_within;
   }
-  return {count, before};
+  return {prefix, (limit + measure(prefix) - 1) / measure(prefix)};
 }
 
-__device__ inline double never() { return __longlong_as_double(0x7ff0000000000000ll); }
-
-template <class = void>
-__global__ void __launch_bounds__(sample_threads)
-    sample_kernel(const float* sorted, const token_t* ids, index_t V, sampling how, view<const token_t, 1> position,
-                  view<token_t, 1> token) {
-  const index_t b = blockIdx.x;
-  const float* z = sorted + b * V;
-  const auto weight = [&](index_t i) {
-    return exp((static_cast<double>(z[i]) - static_cast<double>(z[0])) / how.temperature);
-  };
-  index_t kept = how.top_k > 0 && how.top_k < V ? how.top_k : V;
-  double total = find_crossing(kept, never(), false, weight).sum;
-  if (how.top_p < 1) {
-    const crossing share = find_crossing(kept, how.top_p * total, true, weight);
-    if (share.at < kept) {
-      kept = share.at + 1;
-      total = share.sum;
-    }
+/// One warp's share of a row: neighbours.
+struct warp_share {
+  index_t begin, end;
+  __device__ warp_share(index_t V) {
+    const index_t each = ceil_div(V, index_t{32} * sample_warps) * 32, from = threadIdx.x / 32 * each;
+    begin = from < V ? from : V;
+    end = from + each < V ? from + each : V;
   }
-  const double target =
-      total * uniform(how.seed, static_cast<std::uint64_t>(b), static_cast<std::uint64_t>(position[b]));
-  const crossing chosen = find_crossing(kept, target, false, weight);
-  if (threadIdx.x == 0) token[b] = ids[b * V + (chosen.at < kept ? chosen.at : kept - 1)];
+};
+
+template <class X>
+__device__ X warp_total(X x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+/// Weights of the tokens above a threshold and numbers of those at it, of each warp's share.
+struct share_sums {
+  weight_t above[sample_warps], at[sample_warps];
+
+  template <class T, class Weight>
+  __device__ void fill(const T* z, index_t V, unsigned key, const Weight& weight) {
+    const warp_share share(V);
+    weight_t sum = 0, equal = 0;
+    for (index_t i = share.begin + threadIdx.x % 32; i < share.end; i += 32) {
+      const unsigned k = key_of(to_float(z[i]));
+      if (k > key) sum += weight(k);
+      equal += k == key;
+    }
+    sum = warp_total(sum);
+    equal = warp_total(equal);
+    __syncthreads();  // whoever read the sums before is done
+    if (threadIdx.x % 32 == 0) {
+      above[threadIdx.x / 32] = sum;
+      at[threadIdx.x / 32] = equal;
+    }
+    __syncthreads();
+  }
+  /// Of the whole row, `equal` tokens at the threshold.
+  __device__ weight_t total(weight_t equal, weight_t weight_at) const {
+    weight_t sum = equal * weight_at;
+    for (const weight_t x : above) sum += x;
+    return sum;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(sample_threads) sample_kernel(sample_args<T> p, sampling how) {
+  __shared__ share_sums sums;
+  const index_t b = blockIdx.x, V = p.logits.extent(1);
+  const T* z = p.logits.row(b);
+  const auto greatest = static_cast<double>(logit_of(most_probable(z, V).key));
+  const auto weight = [&](unsigned key) {
+    const double share = exp((static_cast<double>(logit_of(key)) - greatest) / how.temperature);
+    return static_cast<weight_t>(__double2ll_rn(share * 0x1p40));
+  };
+  bool counting = true;
+  const auto measure = [&](unsigned key) { return counting ? weight_t{1} : weight(key); };
+  threshold kept;
+  if (how.top_k > 0 && how.top_k < V) kept = select(z, V, kept, static_cast<weight_t>(how.top_k), measure);
+  counting = false;
+  sums.fill(z, V, kept.key, weight);
+  if (how.top_p < 1) {
+    const weight_t total = sums.total(kept.equal, weight(kept.key));
+    const auto share = static_cast<weight_t>(ceil(how.top_p * static_cast<double>(total)));
+    kept = select(z, V, kept, share < 1 ? 1 : share < total ? share : total, measure);
+    sums.fill(z, V, kept.key, weight);
+  }
+
+  // The warp in whose share the target lies walks it.
+  const weight_t at_threshold = kept.equal > 0 ? weight(kept.key) : 0;
+  const double u = uniform(how.seed, static_cast<std::uint64_t>(b), static_cast<std::uint64_t>(p.position[b]));
+  const weight_t total = sums.total(kept.equal, at_threshold);
+  const auto drawn = static_cast<weight_t>(u * static_cast<double>(total)), target = drawn < total ? drawn : total - 1;
+  weight_t before = 0, equal = 0, here = 0;
+  for (unsigned w = 0; w <= threadIdx.x / 32; ++w) {
+    before += here;
+    const weight_t left = kept.equal - equal, mine = sums.at[w] < left ? sums.at[w] : left;
+    here = sums.above[w] + mine * at_threshold;
+    if (w < threadIdx.x / 32) equal += mine;
+  }
+  if (target < before || target >= before + here) return;
+  const warp_share share(V);
+  const unsigned lane_id = threadIdx.x % 32;
+  for (index_t i0 = share.begin; i0 < share.end; i0 += 32) {
+    const index_t i = i0 + lane_id;
+    const unsigned key = i < share.end ? key_of(to_float(z[i])) : 0;
+    const unsigned equals = __ballot_sync(~0u, i < share.end && key == kept.key);
+    const weight_t rank = equal + static_cast<weight_t>(__popc(equals & ((1u << lane_id) - 1)));
+    const bool keep = i < share.end && (key > kept.key || (key == kept.key && rank < kept.equal));
+    weight_t sum = keep ? weight(key) : 0;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const weight_t other = __shfl_up_sync(~0u, sum, offset);
+      if (lane_id >= static_cast<unsigned>(offset)) sum += other;
+    }
+    const unsigned passed = __ballot_sync(~0u, before + sum > target);
+    if (passed != 0) {
+      if (lane_id == static_cast<unsigned>(__ffs(static_cast<int>(passed)) - 1)) p.token[b] = static_cast<token_t>(i);
+      return;
+    }
+    before += __shfl_sync(~0u, sum, 31);
+    equal += static_cast<weight_t>(__popc(equals));
+  }
 }
 
 }  // namespace detail
 
 template <class T>
 void sample_on(context& ctx, const sample_args<T>& p, const sampling& how) {
-  const index_t B = p.logits.extent(0), V = p.logits.extent(1), n = B * V;
-  const dim3 grid(static_cast<unsigned>(B)), block(detail::sample_threads);
-  if (how.temperature == 0) {
+  const dim3 grid(static_cast<unsigned>(p.logits.extent(0))), block(detail::sample_threads);
+  if (how.temperature == 0)
     detail::launch(ctx, "sample", detail::greedy_kernel<T>, grid, block, 0, p);
-    return;
-  }
-  struct pieces {
-    float *keys, *sorted;
-    token_t *ids, *sorted_ids, *begins;
-    char* storage;
-  } s{};
-  std::size_t sort_bytes = 0;
-  const auto sort = [&] {
-    detail::check(
-        cub::DeviceSegmentedRadixSort::SortPairsDescending(
-            s.storage, sort_bytes, static_cast<const float*>(s.keys), s.sorted, static_cast<const token_t*>(s.ids),
-            s.sorted_ids, n, static_cast<int>(B), static_cast<const token_t*>(s.begins),
-            static_cast<const token_t*>(s.begins) + 1, 0, 32, ctx.stream()),
-        "sample: sort");
-  };
-  sort();
-  const auto carve = [&](detail::carver c) {
-    s.keys = c.take<float>(n);
-    s.sorted = c.take<float>(n);
-    s.ids = c.take<token_t>(n);
-    s.sorted_ids = c.take<token_t>(n);
-    s.begins = c.take<token_t>(B + 1);
-    s.storage = c.take<char>(static_cast<index_t>(sort_bytes));
-    return c.bytes();
-  };
-  const std::size_t bytes = carve(detail::carver());
-  carve(detail::carver(ctx.scratch(bytes)));
-  detail::for_rows<1>(ctx, "sample", B, V, detail::sortable_rows<T>{p.logits, s.keys, s.ids, s.begins});
-  sort();
-  detail::launch(ctx, "sample", detail::sample_kernel<>, grid, block, 0, static_cast<const float*>(s.sorted),
-                 static_cast<const token_t*>(s.sorted_ids), V, how, p.position, p.token);
+  else
+    detail::launch(ctx, "sample", detail::sample_kernel<T>, grid, block, 0, p, how);
 }
 
 }  // namespace ratplus::cuda

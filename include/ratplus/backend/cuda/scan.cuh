@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
 /// Any cell, row after row. One thread for each place.
 template <class C, class T>
 __global__ void __launch_bounds__(128) scan_forward_walk(C cell, scan_forward_args<T> p, scan_shape s) {
+  wait_for_previous();
   constexpr int V = 1, N = 2, ahead = 4;  // rows read at once
   const index_t column = static_cast<index_t>(blockIdx.x) * 4 + threadIdx.x / column_lanes;
   const scan_place at(s, column, threadIdx.x % column_lanes, V);
@@ -634,8 +635,8 @@ void scan_forward_on(context& ctx, const C& cell, const scan_forward_args<T>& p)
       return detail::scan_forward_tiles<detail::forward_tile<T>, 0>(ctx, cell, p, shape);
     }
   const detail::scan_shape s(shape, 1);
-  detail::launch(ctx, "scan", detail::scan_forward_walk<C, T>,
-                 dim3(static_cast<unsigned>(detail::ceil_div(s.columns, 4))), dim3(128), 0, cell, p, s);
+  detail::launch_overlapped(ctx, "scan", detail::scan_forward_walk<C, T>,
+                            dim3(static_cast<unsigned>(detail::ceil_div(s.columns, 4))), dim3(128), cell, p, s);
 }
 
 template <class C, class T>

@@ -50,32 +50,31 @@ struct row_segments {
   key_segment<T> fresh[key_runs::count];
 };
 
+/// The segments of run r.
 template <class Heads, class T, class KV>
 __device__ void find_segments(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
-                              row_segments<T, KV>& found) {
+                              int r, row_segments<T, KV>& found) {
   const index_t first = p.past ? p.spans.first[b] : 0, position = first + t;
   key_runs runs;
   heads.visit(h, [&](const auto& pattern) { runs = pattern.keys(position); });
-  for (int r = 0; r < key_runs::count; ++r) {
-    const key_run fresh = clip(runs[r], first, position + 1);
-    found.fresh[r] = {p.k.row(b, h, fresh.begin - first), p.v.row(b, h, fresh.begin - first),
-                      fresh.step * p.k.stride(2), fresh.step * p.v.stride(2), fresh.count()};
-    slot_runs slots{};
-    head_slots head{};
-    if (p.past) {
-      head = p.past.heads[h];
-      slots = head.where.find(clip(runs[r], 0, first));
-    }
-    for (int part = 0; part < 2; ++part) {
-      const slot_run& run = slots.part[part];
-      key_segment<KV>& segment = found.past[2 * r + part];
-      segment.count = run.count;
-      if (run.count == 0) continue;
-      segment.k = p.past.k.row(b, head.offset + run.slot);
-      segment.v = p.past.v.row(b, head.offset + run.slot);
-      segment.k_stride = run.step * p.past.k.stride(1);
-      segment.v_stride = run.step * p.past.v.stride(1);
-    }
+  const key_run fresh = clip(runs[r], first, position + 1);
+  found.fresh[r] = {p.k.row(b, h, fresh.begin - first), p.v.row(b, h, fresh.begin - first), fresh.step * p.k.stride(2),
+                    fresh.step * p.v.stride(2), fresh.count()};
+  slot_runs slots{};
+  head_slots head{};
+  if (p.past) {
+    head = p.past.heads[h];
+    slots = head.where.find(clip(runs[r], 0, first));
+  }
+  for (int part = 0; part < 2; ++part) {
+    const slot_run& run = slots.part[part];
+    key_segment<KV>& segment = found.past[2 * r + part];
+    segment.count = run.count;
+    if (run.count == 0) continue;
+    segment.k = p.past.k.row(b, head.offset + run.slot);
+    segment.v = p.past.v.row(b, head.offset + run.slot);
+    segment.k_stride = run.step * p.past.k.stride(1);
+    segment.v_stride = run.step * p.past.v.stride(1);
   }
 }
 
@@ -160,6 +159,7 @@ struct decode_partials {
 template <class L, class Heads, class T, class KV>
 __global__ void __launch_bounds__(decode_threads)
     decode_kernel(Heads heads, attend_forward_args<T, KV> p, decode_partials parts) {
+  wait_for_previous();
   constexpr int D = L::size;
   const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
   const index_t t = blockIdx.y % rows, h = blockIdx.y / rows, b = blockIdx.z;
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(decode_threads)
     return;
   }
   __shared__ row_segments<T, KV> segments;
-  if (threadIdx.x == 0) find_segments(heads, p, b, h, t, segments);
+  if (threadIdx.x < key_runs::count) find_segments(heads, p, b, h, t, static_cast<int>(threadIdx.x), segments);
 
   const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
   const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
@@ -283,7 +283,7 @@ void launch_decode(context& ctx, const Heads& heads, const attend_forward_args<T
     parts.arrived = ctx.counters(static_cast<std::size_t>(rows));
   }
   const dim3 grid(static_cast<unsigned>(parts.splits), static_cast<unsigned>(H * n), static_cast<unsigned>(B));
-  launch(ctx, "attend: decode", decode_kernel<L, Heads, T, KV>, grid, dim3(decode_threads), 0, heads, p, parts);
+  launch_overlapped(ctx, "attend: decode", decode_kernel<L, Heads, T, KV>, grid, dim3(decode_threads), heads, p, parts);
 }
 
 /// attend_forward for calls of few rows (a decoding step and the like), with a past or without. Head sizes up to 256.

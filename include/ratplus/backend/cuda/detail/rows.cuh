@@ -11,6 +11,7 @@ inline constexpr int row_threads = 256;
 
 template <int V, class F>
 __global__ void __launch_bounds__(row_threads) for_each_element(index_t rows, index_t columns, F f) {
+  wait_for_previous();
   const index_t column = (static_cast<index_t>(blockIdx.x) * row_threads + threadIdx.x) * V;
   if (column >= columns) return;
   for (index_t row = blockIdx.y; row < rows; row += gridDim.y) f.template at<V>(row, column);
@@ -23,9 +24,9 @@ void for_rows(context& ctx, const char* what, index_t rows, index_t columns, con
   const index_t per_row = wide ? columns / V : columns;
   const dim3 grid(static_cast<unsigned>(ceil_div(per_row, row_threads)), grid_for(rows, 1, 65535));
   if (wide)
-    launch(ctx, what, for_each_element<V, F>, grid, dim3(row_threads), 0, rows, columns, f);
+    launch_overlapped(ctx, what, for_each_element<V, F>, grid, dim3(row_threads), rows, columns, f);
   else
-    launch(ctx, what, for_each_element<1, F>, grid, dim3(row_threads), 0, rows, columns, f);
+    launch_overlapped(ctx, what, for_each_element<1, F>, grid, dim3(row_threads), rows, columns, f);
 }
 
 /// The row with flat index `row` over all dimensions but the last.
