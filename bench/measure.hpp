@@ -52,14 +52,17 @@ inline double difference(const float* a, const float* b, index_t n) {
   return std::sqrt(error / norm);
 }
 
-/// Times f once per iteration and returns the median in seconds. The first call, which allocates, is not timed. cpu_ms
-/// is the least processor time of a call, over all threads: of one thread's runs it is right on a busy machine too.
-template <class F>
-double run(benchmark::State& state, F&& f) {
+/// Times f once per iteration, `prepare` before it untimed, and returns the median in seconds. The first call, which
+/// allocates, is not timed. cpu_ms is the least processor time of a call, over all threads: of one thread's runs it is
+/// right on a busy machine too.
+template <class F, class Prepare>
+double run(benchmark::State& state, F&& f, Prepare&& prepare) {
   std::vector<double> times;
   double processor = std::numeric_limits<double>::infinity();
+  prepare();
   f();
   for (auto _ : state) {
+    prepare();
     const std::clock_t before = std::clock();
     times.push_back(seconds(f));
     processor = std::min(processor, static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC);
@@ -69,6 +72,11 @@ double run(benchmark::State& state, F&& f) {
   state.counters["median_ms"] = time * 1e3;
   state.counters["cpu_ms"] = processor * 1e3;
   return time;
+}
+
+template <class F>
+double run(benchmark::State& state, F&& f) {
+  return run(state, f, [] {});
 }
 
 /// Reports arithmetic done in `time` seconds against the peak of `threads` threads.
