@@ -2,6 +2,8 @@
 // FMA peak (of_peak), against dense attention (x_dense; keys_x_dense is what the visited keys predict) and against one
 // thread. Queries, keys and values are the heads of (B, T, H·d) rows.
 
+#include <map>
+
 #include "ratplus/backend/cpu/backend.hpp"
 
 #include "measure.hpp"
@@ -58,16 +60,12 @@ double error_of(const P& pattern, index_t d, int threads) {
   return worst;
 }
 
-/// Median seconds of the runs so far, by everything but the pattern and by everything but the threads.
-std::vector<std::pair<std::string, double>> known;
+/// Median seconds of the latest runs, by everything but the pattern and by everything but the threads.
+std::map<std::string, double> known;
 void remember_or_compare(benchmark::State& state, const char* counter, const std::string& key, bool remember,
                          double time) {
-  if (remember) known.emplace_back(key, time);
-  for (const auto& [name, before] : known)
-    if (name == key) {
-      state.counters[counter] = before / time;
-      return;
-    }
+  if (remember) known[key] = time;
+  if (const auto before = known.find(key); before != known.end()) state.counters[counter] = before->second / time;
 }
 
 template <class P>

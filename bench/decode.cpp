@@ -1,6 +1,7 @@
 // What one decoded token costs on the CPU: attention over the cached keys and values of a context of 16384 positions,
 // kept in float32 or in bfloat16, and the products with the weights of a layer; bytes per second against the machine's
-// read bandwidth, counting every visited key and value and every weight once. token/s is of one such layer.
+// read bandwidth, counting every visited key and value and every weight once. token/s is of one such layer; kv_error is
+// the relative difference from attention over the same keys and values unrounded.
 
 #include "measure.hpp"
 #include "ratplus/backend/cpu/backend.hpp"
@@ -57,6 +58,10 @@ void attend(benchmark::State& state, const any_sparse& pattern, index_t B, int t
     small.attend(reference, pattern, expected);
     if (!bench::check(state, "decoding", bench::difference(small.out.data(), expected.data(), expected.size()), 2e-6))
       return;
+    // What rounding the cache to KV costs.
+    cache<float> exact(pattern, 2, 901);
+    exact.attend(reference, pattern, exact.out);
+    state.counters["kv_error"] = bench::difference(small.out.data(), exact.out.data(), exact.out.size());
   }
   cache<KV> c(pattern, B, context_length);
   const double time = bench::run(state, [&] { c.attend(ctx, pattern, c.out); });
