@@ -10,192 +10,293 @@ namespace ratplus::cuda {
 
 namespace detail {
 
-/// Rows of a thread, warps of a column, columns of a block, blocks of a multiprocessor.
-template <int R_, int W_, int G_, int Blocks>
-struct tile_size {
-  static constexpr int R = R_, W = W_, G = G_, blocks = Blocks;
-  static constexpr int threads = column_lanes * W * G, rows = R * W;
-};
-
 /// Calls up to this long are walked: a tile would be mostly empty.
 inline constexpr index_t walked_rows = 16;
 
-/// Rows of sequence b in use, and the position of its row 0.
-struct scan_rows {
-  index_t used, first;
-  __device__ scan_rows(const sequence_spans& spans, index_t b, index_t T, bool active)
-      : used(active && spans.length ? spans.length[b] : T), first(active && spans.first ? spans.first[b] : 0) {}
+/// Columns of a batch at most.
+inline constexpr int most_columns = 8;
+
+/// What blocks of the forward scan work on, in the order of tickets: `batch` consecutive columns each, and of them one
+/// tile, tickets of earlier tiles first, or every tile. Whole columns need nothing from other blocks.
+struct scan_plan {
+  index_t tiles, columns;
+  int batch;
+  bool whole;
+  [[nodiscard]] RATPLUS_HD index_t batches() const { return ceil_div(columns, batch); }
+  [[nodiscard]] RATPLUS_HD index_t tickets() const { return whole ? batches() : tiles * batches(); }
+
+  /// Whole columns where that leaves few of `slots` blocks idle, in batches as large as that allows: the columns of a
+  /// batch share angles. One tile of one column otherwise.
+  scan_plan(const scan_shape& s, index_t tiles_, index_t slots)
+      : tiles(tiles_), columns(s.columns), batch(most_columns), whole(true) {
+    const auto mostly_busy = [&] { return 10 * batches() >= 9 * slots * ceil_div(batches(), slots); };
+    while (batch > 1 && !mostly_busy()) batch /= 2;
+    whole = tiles == 1 || mostly_busy();
+  }
 };
+
+/// A block's place in its work: the batch's columns of one tile, then the next tile, then the next ticket.
+struct scan_walk {
+  index_t ticket, column, first_column, end_column;
+  int tile, end_tile;
+
+  __device__ scan_walk(const scan_plan& plan, index_t first_ticket) { begin(plan, first_ticket); }
+  __device__ void begin(const scan_plan& plan, index_t n) {
+    ticket = n;
+    const auto batches = static_cast<unsigned>(plan.batches());
+    tile = static_cast<int>(static_cast<unsigned>(n) / batches);  // 0 of whole columns
+    end_tile = plan.whole ? static_cast<int>(plan.tiles) : tile + 1;
+    column = first_column = (n - static_cast<index_t>(tile) * batches) * plan.batch;
+    end_column = plan.columns - first_column < plan.batch ? plan.columns : first_column + plan.batch;
+  }
+  [[nodiscard]] __device__ bool last() const { return column + 1 == end_column && tile + 1 == end_tile; }
+  __device__ void next(const scan_plan& plan, index_t next_ticket) {
+    if (last()) return begin(plan, next_ticket);
+    if (++column == end_column) {
+      column = first_column;
+      ++tile;
+    }
+  }
+};
+
+// Blocks stay and take one tile after another. A tile's rows are read into shared memory, by the thread that uses them:
+// whatever row has been used for the last time gives its place to the same row of the next tile, so reading never
+// pauses, and nothing of it is held in registers but the angles, which the columns of a batch share. Rows are used
+// twice (keys, values, gates: once for the tile's element, once for the states), queries once.
 
 template <class C, class T, int V, int Half, class Size>
 __global__ void __launch_bounds__(Size::threads, Size::blocks)
-    scan_forward_kernel(C cell, scan_forward_args<T> p, scan_shape s, tile_elements elements, index_t tiles) {
-  constexpr int R = Size::R, W = Size::W, G = Size::G, N = 2 * V;
+    scan_forward_kernel(C cell, scan_forward_args<T> p, scan_shape s, tile_elements elements, scan_plan plan) {
+  constexpr int R = Size::R, W = Size::W, N = 2 * V, threads = Size::threads;
   constexpr bool recurrent = !IdentityCell<C>;
-  __shared__ affine<float> part[recurrent ? G : 1][2][W][N][column_lanes];
-  const int lane_id = threadIdx.x % column_lanes, warp = threadIdx.x / column_lanes % W;
-  const int group = threadIdx.x / (column_lanes * W);
-  const index_t column_blocks = ceil_div(s.columns, G);
-  const index_t index = elements.ticket != nullptr ? take_ticket(elements.ticket) : blockIdx.x;
-  const index_t tile = index / column_blocks, column = (index - tile * column_blocks) * G + group;
-  const scan_place at(s, column, lane_id, V);
-  const scan_rows rows(p.spans, at.b, s.T, at.active);
-  const index_t t0 = tile * Size::rows + warp * R;
-  const auto within = [&](index_t end) { return static_cast<int>(end - t0 < 0 ? 0 : end - t0 < R ? end - t0 : R); };
-  const int used = at.active ? within(rows.used) : 0, present = at.active ? within(s.T) : 0;
-  const thread_rows<const T, V, Half> k(p.k, s, at, t0), v(p.v, s, at, t0), gate(p.gate, s, at, t0), q(p.q, s, at, t0);
-  const thread_rows<T, V, Half> k_out(p.k_out, s, at, t0), v_out(p.v_out, s, at, t0), q_out(p.q_out, s, at, t0);
+  using owned = owned_words<N, threads>;
+  extern __shared__ __align__(16) unsigned char staging[];
+  __shared__ affine<float> part[2][W][N][column_lanes];
+  __shared__ float carried[most_columns][owned::all];
+  __shared__ unsigned taken;
+  const int lane_id = threadIdx.x % column_lanes, warp = threadIdx.x / column_lanes;
+  const index_t tickets = plan.tickets();
 
-  row_pair<T, V> ks[R], vs[R], gs[R];
-  k.read(0, used, ks);
-  v.read(0, used, vs);
-  if constexpr (C::gated) gate.read(0, used, gs);
-
-  // The map of row r on channel i of either stream.
-  const auto element = [&](const row_pair<T, V>& x, int r, int i) {
-    const affine<lane> e = cell.element(lane(x[i]), lane(C::gated ? gs[r][i] : 0.0f), rows.first + t0 + r);
-    return affine<float>{e.a.x, e.b.x};
+  // This thread's rows in shared memory: it fetches them itself, so nobody else waits for them.
+  auto* const staged = reinterpret_cast<row_pair<T, V>*>(staging) + threadIdx.x;
+  const auto slot_of = [&](int stream, int r) -> row_pair<T, V>& { return staged[(stream * R + r) * threads]; };
+  enum { keys, values, gates, queries };
+  struct inputs {
+    row_pair<T, V> k, v, g;
   };
+  const auto read_row = [&](int r) {
+    return inputs{slot_of(keys, r).copy(), slot_of(values, r).copy(), slot_of(gates, r).copy()};
+  };
+#pragma unroll
+  for (int i = 0; i < 4 * R; ++i) slot_of(0, i).clear();
 
-  if constexpr (recurrent) {
-    affine<float> sum[2][N];
+  scan_walk now(plan, elements.ticket != nullptr ? take_ticket(elements.ticket) : blockIdx.x);
+  if (now.ticket >= tickets) return;
+  {
+    const scan_place at(s, now.column, lane_id, V);
+    const scan_piece<Size> rows(p.spans, s, at, now.tile);
+    const auto fetch = [&](const view<const T, 4>& from, int stream) {
+      if (!from) return;
+      auto row = thread_rows<const T, V, Half>(from, s, at, rows.t0).row(0);
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum[0][i] = sum[1][i] = affine<float>::identity();
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (r >= used) break;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        sum[0][i] = combine(sum[0][i], element(ks[r], r, i));
-        sum[1][i] = combine(sum[1][i], element(vs[r], r, i));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      part[group][0][warp][i][lane_id] = sum[0][i];
-      part[group][1][warp][i][lane_id] = sum[1][i];
-    }
+      for (int r = 0; r < R; ++r, ++row)
+        if (r < rows.used) row.fetch(slot_of(stream, r));
+    };
+    fetch(p.k, keys), fetch(p.v, values), fetch(p.q, queries);
+    if constexpr (C::gated) fetch(p.gate, gates);
   }
 
-  row_pair<T, V> qs[R];
-  q.read(0, used, qs);
+  row_angles<V> angles[R];
+  index_t angles_b = -1;
+  int angles_tile = -1, angles_channel = -1;
+  while (true) {
+    const scan_place at(s, now.column, lane_id, V);
+    const scan_piece<Size> rows(p.spans, s, at, now.tile);
+    const int used = rows.used, tile = now.tile;
+    if (p.rope && (angles_b != at.b || angles_tile != tile || angles_channel != at.channel)) {
+      angle_cursor<V, Half> row(p.rope, s, at, rows.position);
+#pragma unroll
+      for (int r = 0; r < R; ++r, ++row)
+        if (r < used) angles[r] = row.read();
+      angles_b = at.b, angles_tile = tile, angles_channel = at.channel;
+    }
+    unsigned next_ticket = static_cast<unsigned>(now.ticket) + gridDim.x;
+    const bool asks = elements.ticket != nullptr && now.last();
+    if (asks && threadIdx.x == 0) next_ticket = atomicAdd(elements.ticket, 1u) + 1u;
+    // What the tile before has published: looked at now, it is there when the sums are.
+    const bool looks = !plan.whole && tile > 0;
+    const index_t column_word = now.column * owned::all;
+    tile_elements::word before[owned::count];
+    if constexpr (recurrent)
+      if (looks)
+        owned::for_each([&](int o, int word, int, int) { before[o] = elements.peek(tile - 1, column_word + word); });
+    wait_for_copies();
 
-  if constexpr (recurrent) {
-    // From here on a thread owns words `word` of its column: the chains of single channels.
-    constexpr int words = 2 * N * column_lanes, threads = W * column_lanes;
-    static_assert(words % threads == 0 || threads % words == 0);
-    constexpr int owned = words > threads ? words / threads : 1;
-    affine<float> whole[owned];
-    __syncthreads();
+    // The map of row r on channel i of either stream.
+    const auto element = [&](const row_pair<T, V>& x, const row_pair<T, V>& g, int r, int i) {
+      const affine<lane> e = cell.element(lane(x[i]), lane(C::gated ? g[i] : 0.0f), rows.position + r);
+      return affine<float>{e.a.x, e.b.x};
+    };
+    if constexpr (recurrent) {
+      affine<float> sum[2][N];
 #pragma unroll
-    for (int o = 0; o < owned; ++o) {
-      const int word = o * threads + warp * column_lanes + lane_id;
-      if (word >= words || column >= s.columns) break;
-      const int chain = word / (N * column_lanes), i = word / column_lanes % N;
-      whole[o] = affine<float>::identity();
+      for (int i = 0; i < N; ++i) sum[0][i] = sum[1][i] = affine<float>::identity();
+      const auto add = [&](int r) {
+        const inputs x = read_row(r);
 #pragma unroll
-      for (int w = 0; w < W; ++w) whole[o] = combine(whole[o], part[group][chain][w][i][lane_id]);
-      if (tile > 0 && tile + 1 < tiles)
-        tile_elements::publish(elements.words + tile * elements.stride + column * words + word, whole[o]);
-    }
-    // While the tiles before finish: the queries, which wait for nobody.
-    {
-      angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0);
-      auto out = q_out.row(0);
+        for (int i = 0; i < N; ++i) {
+          sum[0][i] = combine(sum[0][i], element(x.k, x.g, r, i));
+          sum[1][i] = combine(sum[1][i], element(x.v, x.g, r, i));
+        }
+      };
+      if (__all_sync(~0u, used == R)) {
 #pragma unroll
-      for (int r = 0; r < R; ++r, ++angles, ++out) {
-        if (!q || r >= used) break;
-        float x[N];
-        qs[r].widen(x);
-        if (angles) angles.template rotate<false>(x);
-        out.write(x);
-      }
-    }
-#pragma unroll
-    for (int o = 0; o < owned; ++o) {
-      const int word = o * threads + warp * column_lanes + lane_id;
-      if (word >= words || column >= s.columns) break;
-      const int chain = word / (N * column_lanes), i = word / column_lanes % N;
-      const index_t slot = column * words + word;
-      float state =
-          tile == 0 ? read_state<V>(chain == 0 ? p.k_first : p.v_first, s, at, i) : elements.look_back(tile, slot).b;
-      const float last = whole[o](state);
-      if (tile + 1 < tiles) {
-        tile_elements::publish(elements.words + tile * elements.stride + slot, {0.0f, last});
+        for (int r = 0; r < R; ++r) add(r);
       } else {
-        // The last state may lie where the first one was read.
-        if (tile > 0) elements.wait_for_first(slot);
-        write_state<V>(chain == 0 ? p.k_last : p.v_last, s, at, i, last);
+#pragma unroll 1
+        for (int r = 0; r < used; ++r) add(r);
       }
 #pragma unroll
-      for (int w = 0; w < W; ++w) {
-        affine<float>& e = part[group][chain][w][i][lane_id];
-        const float next = e(state);
-        e.b = state;  // before the warp's first row
-        state = next;
+      for (int i = 0; i < N; ++i) {
+        part[0][warp][i][lane_id] = sum[0][i];
+        part[1][warp][i][lane_id] = sum[1][i];
       }
+      if (asks && threadIdx.x == 0) taken = next_ticket;
+      __syncthreads();
+      if (asks) next_ticket = taken;
     }
-    __syncthreads();
+    scan_walk after = now;
+    after.next(plan, next_ticket);
+    const bool more = after.ticket < tickets;
+    const scan_place next_at(s, more ? after.column : 0, lane_id, V);
+    const scan_piece<Size> next_rows(p.spans, s, next_at, after.tile);
+    const int next_used = more ? next_rows.used : 0;
+
+    affine<float> whole[owned::count];
+    if constexpr (recurrent)
+      owned::for_each([&](int o, int word, int chain, int i) {
+        whole[o] = affine<float>::identity();
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      ks[r].forget();
-      vs[r].forget();
-      if constexpr (C::gated) gs[r].forget();
+        for (int w = 0; w < W; ++w) whole[o] = combine(whole[o], part[chain][w][i][lane_id]);
+        if (!looks) return;
+        if (tile + 1 < plan.tiles) elements.publish(tile, column_word + word, whole[o]);
+        if (!tile_elements::constant(before[o])) before[o] = elements.peek(tile - 1, column_word + word);
+      });
+
+    // Whether nothing is missing: then rows follow each other without a branch.
+    const bool complete = p.q && p.k && p.v && p.rope && __all_sync(~0u, used == R && next_used == R);
+    const auto with_or_without_branches = [&](const auto& f) {
+      if (complete)
+        f(std::true_type{});
+      else
+        f(std::false_type{});
+    };
+
+    // While the tiles before finish: the queries, which wait for nobody.
+    with_or_without_branches([&](auto all) {
+      if (!all && !p.q) return;
+      auto out = thread_rows<T, V, Half>(p.q_out, s, at, rows.t0).row(0);
+      auto in = thread_rows<const T, V, Half>(p.q, s, next_at, next_rows.t0).row(0);
+#pragma unroll
+      for (int r = 0; r < R; ++r, ++out, ++in) {
+        float x[N];
+        slot_of(queries, r).copy().widen(x);
+        if (all || p.rope) angles[r].template rotate<false>(x);
+        if (all || r < used) out.write(x);
+        if (all || r < next_used) in.fetch(slot_of(queries, r));
+      }
+    });
+
+    if constexpr (recurrent) {
+      owned::for_each([&](int o, int word, int chain, int i) {
+        float& carry = carried[now.column - now.first_column][word];
+        float state = tile == 0 ? read_state<V>(chain == 0 ? p.k_first : p.v_first, s, at, i)
+                      : looks   ? elements.look_back(tile, column_word + word, before[o]).b
+                                : carry;
+        const float last = whole[o](state);
+        if (tile + 1 == plan.tiles) {
+          // The last state may lie where the first one was read.
+          if (looks) elements.wait_for_first(column_word + word);
+          write_state<V>(chain == 0 ? p.k_last : p.v_last, s, at, i, last);
+        } else if (plan.whole) {
+          carry = last;
+        } else {
+          elements.publish(tile, column_word + word, {0.0f, last});
+        }
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+          affine<float>& e = part[chain][w][i][lane_id];
+          const float next = e(state);
+          e.b = state;  // before the warp's first row
+          state = next;
+        }
+      });
+      __syncthreads();
     }
     float state[2][N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      state[0][i] = part[group][0][warp][i][lane_id].b;
-      state[1][i] = part[group][1][warp][i][lane_id].b;
-    }
-    angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0);
-    auto k_row = k_out.row(0), v_row = v_out.row(0);
-#pragma unroll
-    for (int r = 0; r < R; ++r, ++angles, ++k_row, ++v_row) {
-      if (r >= used) break;
+    if constexpr (recurrent)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        state[0][i] = element(ks[r], r, i)(state[0][i]);
-        state[1][i] = element(vs[r], r, i)(state[1][i]);
+        state[0][i] = part[0][warp][i][lane_id].b;
+        state[1][i] = part[1][warp][i][lane_id].b;
       }
-      if (v) v_row.write(state[1]);
-      if (k) {
-        float x[N];
+    with_or_without_branches([&](auto all) {
+      auto k_row = thread_rows<T, V, Half>(p.k_out, s, at, rows.t0).row(0);
+      auto v_row = thread_rows<T, V, Half>(p.v_out, s, at, rows.t0).row(0);
+      auto k_in = thread_rows<const T, V, Half>(p.k, s, next_at, next_rows.t0).row(0);
+      auto v_in = thread_rows<const T, V, Half>(p.v, s, next_at, next_rows.t0).row(0);
+      auto g_in = thread_rows<const T, V, Half>(p.gate, s, next_at, next_rows.t0).row(0);
+      inputs ahead = read_row(0);
 #pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = state[0][i];
-        if (angles) angles.template rotate<false>(x);
-        k_row.write(x);
-      }
-    }
-  } else {
-    angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0);
-    auto q_row = q_out.row(0), k_row = k_out.row(0), v_row = v_out.row(0);
+      for (int r = 0; r < R; ++r, ++k_row, ++v_row, ++k_in, ++v_in, ++g_in) {
+        const inputs in = ahead;
+        if (r + 1 < R) ahead = read_row(r + 1);
+        if (all || r < used) {
+          if constexpr (recurrent) {
 #pragma unroll
-    for (int r = 0; r < R; ++r, ++angles, ++q_row, ++k_row, ++v_row) {
-      if (r >= used) break;
-      const auto pass = [&](const row_pair<T, V>& x, const auto& out, bool turn, const view<float, 3>& last) {
-        float y[N];
-        x.widen(y);
-        if (t0 + r + 1 == rows.used)
-          for (int i = 0; i < N; ++i) write_state<V>(last, s, at, i, y[i]);
-        if (turn) angles.template rotate<false>(y);
-        out.write(y);
-      };
-      if (q) pass(qs[r], q_row, static_cast<bool>(angles), {});
-      if (k) pass(ks[r], k_row, static_cast<bool>(angles), p.k_last);
-      if (v) pass(vs[r], v_row, false, p.v_last);
-    }
-    if (rows.used == 0 && t0 == 0)
-      for (int i = 0; i < N; ++i) {
-        if (k) write_state<V>(p.k_last, s, at, i, read_state<V>(p.k_first, s, at, i));
-        if (v) write_state<V>(p.v_last, s, at, i, read_state<V>(p.v_first, s, at, i));
+            for (int i = 0; i < N; ++i) {
+              state[0][i] = element(in.k, in.g, r, i)(state[0][i]);
+              state[1][i] = element(in.v, in.g, r, i)(state[1][i]);
+            }
+          } else {
+            in.k.widen(state[0]);
+            in.v.widen(state[1]);
+            if (rows.t0 + r + 1 == rows.end)
+              for (int i = 0; i < N; ++i) {
+                if (p.k) write_state<V>(p.k_last, s, at, i, state[0][i]);
+                if (p.v) write_state<V>(p.v_last, s, at, i, state[1][i]);
+              }
+          }
+          if (all || p.v) v_row.write(state[1]);
+          if (all || p.k) {
+            float x[N];
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i] = state[0][i];
+            if (all || p.rope) angles[r].template rotate<false>(x);
+            k_row.write(x);
+          }
+        }
+        if (all || r < next_used) {
+          if (all || p.k) k_in.fetch(slot_of(keys, r));
+          if (all || p.v) v_in.fetch(slot_of(values, r));
+          if constexpr (C::gated) g_in.fetch(slot_of(gates, r));
+        }
       }
-  }
-  const float zeros[N] = {};
-  for (int r = used; r < present; ++r) {
-    if (q) q_out.row(r).write(zeros);
-    if (k) k_out.row(r).write(zeros);
-    if (v) v_out.row(r).write(zeros);
+    });
+    if constexpr (!recurrent)
+      if (rows.end == 0 && rows.t0 == 0)
+        for (int i = 0; i < N; ++i) {
+          if (p.k) write_state<V>(p.k_last, s, at, i, read_state<V>(p.k_first, s, at, i));
+          if (p.v) write_state<V>(p.v_last, s, at, i, read_state<V>(p.v_first, s, at, i));
+        }
+    const float zeros[N] = {};
+    for (int r = used; r < rows.present; ++r) {
+      if (p.q) thread_rows<T, V, Half>(p.q_out, s, at, rows.t0).row(r).write(zeros);
+      if (p.k) thread_rows<T, V, Half>(p.k_out, s, at, rows.t0).row(r).write(zeros);
+      if (p.v) thread_rows<T, V, Half>(p.v_out, s, at, rows.t0).row(r).write(zeros);
+    }
+    if (!more) break;
+    now = after;
   }
 }
 
@@ -271,20 +372,18 @@ __global__ void __launch_bounds__(128) scan_forward_walk(C cell, scan_forward_ar
 template <class C, class T, int V, int Half, class Size>
 __global__ void __launch_bounds__(Size::threads, Size::blocks)
     scan_backward_kernel(C cell, scan_backward_args<T> p, scan_shape s, tile_elements elements, index_t tiles) {
-  constexpr int R = Size::R, W = Size::W, G = Size::G, N = 2 * V;
+  constexpr int R = Size::R, W = Size::W, N = 2 * V;
   constexpr bool recurrent = !IdentityCell<C>;
-  __shared__ affine<float> part[recurrent ? G : 1][2][W][N][column_lanes];
-  const int lane_id = threadIdx.x % column_lanes, warp = threadIdx.x / column_lanes % W;
-  const int group = threadIdx.x / (column_lanes * W);
-  const index_t column_blocks = ceil_div(s.columns, G);
+  using owned = owned_words<N, Size::threads>;
+  __shared__ affine<float> part[2][W][N][column_lanes];
+  const int lane_id = threadIdx.x % column_lanes, warp = threadIdx.x / column_lanes;
   const index_t index = elements.ticket != nullptr ? take_ticket(elements.ticket) : blockIdx.x;
-  const index_t done = index / column_blocks;  // tiles of this column before, in the order of work: the later ones
-  const index_t tile = tiles - 1 - done, column = (index - done * column_blocks) * G + group;
+  const index_t done = index / s.columns;  // tiles of this column before, in the order of work: the later ones
+  const index_t tile = tiles - 1 - done, column = index - done * s.columns, column_word = column * owned::all;
   const scan_place at(s, column, lane_id, V);
-  const scan_rows rows(p.spans, at.b, s.T, at.active);
-  const index_t t0 = tile * Size::rows + warp * R;
-  const auto within = [&](index_t end) { return static_cast<int>(end - t0 < 0 ? 0 : end - t0 < R ? end - t0 : R); };
-  const int used = at.active ? within(rows.used) : 0, present = at.active ? within(s.T) : 0;
+  const scan_piece<Size> rows(p.spans, s, at, tile);
+  const index_t t0 = rows.t0;
+  const int used = rows.used, present = rows.present;
   const thread_rows<const T, V, Half> k(p.k, s, at, t0), v(p.v, s, at, t0), gate(p.gate, s, at, t0),
       k_out(p.k_out, s, at, t0), v_out(p.v_out, s, at, t0), dq_out(p.dq_out, s, at, t0), dk_out(p.dk_out, s, at, t0),
       dv_out(p.dv_out, s, at, t0);
@@ -311,7 +410,7 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
     affine<float> sum[2][N];
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[0][i] = sum[1][i] = affine<float>::identity();
-    angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0);
+    angle_cursor<V, Half> angles(p.rope, s, at, rows.position);
     auto k_row = k.row(0), v_row = v.row(0);
 #pragma unroll
     for (int r = 0; r < R; ++r, ++angles, ++k_row, ++v_row) {
@@ -330,23 +429,23 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float ak = cell.element(lane(x[0][i]), gate_of(r, i), rows.first + t0 + r).a.x;
-        const float av = cell.element(lane(x[1][i]), gate_of(r, i), rows.first + t0 + r).a.x;
+        const float ak = cell.element(lane(x[0][i]), gate_of(r, i), rows.position + r).a.x;
+        const float av = cell.element(lane(x[1][i]), gate_of(r, i), rows.position + r).a.x;
         sum[0][i] = combine(affine<float>{ak, ak * Dk[i]}, sum[0][i]);
         sum[1][i] = combine(affine<float>{av, av * Dv[i]}, sum[1][i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      part[group][0][warp][i][lane_id] = sum[0][i];
-      part[group][1][warp][i][lane_id] = sum[1][i];
+      part[0][warp][i][lane_id] = sum[0][i];
+      part[1][warp][i][lane_id] = sum[1][i];
     }
   }
 
   row_pair<T, V> dqs[R];
   dq_out.read(0, used, dqs);
   const auto queries = [&] {
-    angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0);
+    angle_cursor<V, Half> angles(p.rope, s, at, rows.position);
     auto out = dq.row(0);
 #pragma unroll
     for (int r = 0; r < R; ++r, ++angles, ++out) {
@@ -359,44 +458,31 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
   };
 
   if constexpr (recurrent) {
-    constexpr int words = 2 * N * column_lanes, threads = W * column_lanes;
-    static_assert(words % threads == 0 || threads % words == 0);
-    constexpr int owned = words > threads ? words / threads : 1;
-    affine<float> whole[owned];
+    affine<float> whole[owned::count];
     __syncthreads();
-#pragma unroll
-    for (int o = 0; o < owned; ++o) {
-      const int word = o * threads + warp * column_lanes + lane_id;
-      if (word >= words || column >= s.columns) break;
-      const int chain = word / (N * column_lanes), i = word / column_lanes % N;
+    owned::for_each([&](int o, int word, int chain, int i) {
       whole[o] = affine<float>::identity();
 #pragma unroll
-      for (int w = W - 1; w >= 0; --w) whole[o] = combine(whole[o], part[group][chain][w][i][lane_id]);
-      if (done > 0 && tile > 0)
-        tile_elements::publish(elements.words + done * elements.stride + column * words + word, whole[o]);
-    }
+      for (int w = W - 1; w >= 0; --w) whole[o] = combine(whole[o], part[chain][w][i][lane_id]);
+      if (done > 0 && tile > 0) elements.publish(done, column_word + word, whole[o]);
+    });
     queries();
-#pragma unroll
-    for (int o = 0; o < owned; ++o) {
-      const int word = o * threads + warp * column_lanes + lane_id;
-      if (word >= words || column >= s.columns) break;
-      const int chain = word / (N * column_lanes), i = word / column_lanes % N;
-      const index_t slot = column * words + word;
-      float carry =
-          done == 0 ? read_state<V>(chain == 0 ? p.dk_last : p.dv_last, s, at, i) : elements.look_back(done, slot).b;
+    owned::for_each([&](int o, int word, int chain, int i) {
+      float carry = done == 0 ? read_state<V>(chain == 0 ? p.dk_last : p.dv_last, s, at, i)
+                              : elements.look_back(done, column_word + word).b;
       const float first = whole[o](carry);
       if (tile > 0)
-        tile_elements::publish(elements.words + done * elements.stride + slot, {0.0f, first});
+        elements.publish(done, column_word + word, {0.0f, first});
       else
         write_state<V>(chain == 0 ? p.dk_first : p.dv_first, s, at, i, first);
 #pragma unroll
       for (int w = W - 1; w >= 0; --w) {
-        affine<float>& e = part[group][chain][w][i][lane_id];
+        affine<float>& e = part[chain][w][i][lane_id];
         const float next = e(carry);
         e.b = carry;  // what the rows after the warp's last one pass on to it
         carry = next;
       }
-    }
+    });
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -407,12 +493,12 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
     float carry[2][N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      carry[0][i] = part[group][0][warp][i][lane_id].b;
-      carry[1][i] = part[group][1][warp][i][lane_id].b;
+      carry[0][i] = part[0][warp][i][lane_id].b;
+      carry[1][i] = part[1][warp][i][lane_id].b;
     }
     constexpr int ahead = R < 4 ? R : 4;  // rows read at once
     static_assert(R % ahead == 0);
-    angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0 + R - 1);
+    angle_cursor<V, Half> angles(p.rope, s, at, rows.position + R - 1);
     auto dk_row = dk.row(R - 1), dv_row = dv.row(R - 1), dgate_row = dgate.row(R - 1);
 #pragma unroll
     for (int r0 = R - ahead; r0 >= 0; r0 -= ahead) {
@@ -449,9 +535,9 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const auto dk_i =
-              cell.adjoint(lane(h[0][i]), lane(x[0][i]), gate_of(r, i), rows.first + t, lane(D[0][i] + carry[0][i]));
+              cell.adjoint(lane(h[0][i]), lane(x[0][i]), gate_of(r, i), rows.position + r, lane(D[0][i] + carry[0][i]));
           const auto dv_i =
-              cell.adjoint(lane(h[1][i]), lane(x[1][i]), gate_of(r, i), rows.first + t, lane(D[1][i] + carry[1][i]));
+              cell.adjoint(lane(h[1][i]), lane(x[1][i]), gate_of(r, i), rows.position + r, lane(D[1][i] + carry[1][i]));
           carry[0][i] = dk_i.dstate.x;
           carry[1][i] = dv_i.dstate.x;
           x[0][i] = dk_i.dinput.x;
@@ -466,14 +552,14 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
     }
   } else {
     queries();
-    angle_cursor<V, Half> angles(p.rope, s, at, rows.first + t0);
+    angle_cursor<V, Half> angles(p.rope, s, at, rows.position);
     auto dk_row = dk.row(0), dv_row = dv.row(0);
 #pragma unroll
     for (int r = 0; r < R; ++r, ++angles, ++dk_row, ++dv_row) {
       if (r >= used) break;
       float Dk[N], Dv[N];
       incoming(r, angles, Dk, Dv);
-      if (t0 + r + 1 == rows.used)
+      if (t0 + r + 1 == rows.end)
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           Dk[i] += read_state<V>(p.dk_last, s, at, i);
@@ -485,8 +571,8 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
     if (t0 == 0)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (dk_out) write_state<V>(p.dk_first, s, at, i, rows.used > 0 ? 0.0f : read_state<V>(p.dk_last, s, at, i));
-        if (dv_out) write_state<V>(p.dv_first, s, at, i, rows.used > 0 ? 0.0f : read_state<V>(p.dv_last, s, at, i));
+        if (dk_out) write_state<V>(p.dk_first, s, at, i, rows.end > 0 ? 0.0f : read_state<V>(p.dk_last, s, at, i));
+        if (dv_out) write_state<V>(p.dv_first, s, at, i, rows.end > 0 ? 0.0f : read_state<V>(p.dv_last, s, at, i));
       }
   }
   const float zeros[N] = {};
@@ -583,11 +669,12 @@ __global__ void __launch_bounds__(128) scan_backward_walk(C cell, scan_backward_
 /// Channels of either half that a thread takes, where heads and alignment allow.
 inline constexpr int scan_width = 2;
 
-// As many rows as registers hold without spilling at two blocks of 256 threads a multiprocessor.
+// As many rows as shared memory (forward) and registers without spilling (backward) hold at two blocks of 256 threads a
+// multiprocessor.
 template <class T>
-struct forward_tile : tile_size<16 / static_cast<int>(sizeof(T)), 8, 1, 2> {};
+struct forward_tile : tile_size<16 / static_cast<int>(sizeof(T)), 8, 2> {};
 template <class T>
-struct backward_tile : tile_size<8 / static_cast<int>(sizeof(T)), 8, 1, 2> {};
+struct backward_tile : tile_size<8 / static_cast<int>(sizeof(T)), 8, 2> {};
 
 template <class C>
 constexpr void require_device_cell() {
@@ -598,17 +685,22 @@ constexpr void require_device_cell() {
 template <class Size, int Half, class C, class T>
 void scan_forward_tiles(context& ctx, const C& cell, const scan_forward_args<T>& p, const extents<4>& shape) {
   const scan_shape s(shape, scan_width);
-  const index_t tiles = ceil_div(s.T, Size::rows), blocks = tiles * ceil_div(s.columns, Size::G);
+  const index_t slots = static_cast<index_t>(ctx.multiprocessors()) * Size::blocks;
+  const scan_plan plan(s, ceil_div(s.T, Size::rows), slots);
+  const index_t tickets = plan.tickets();
+  constexpr std::size_t staging = sizeof(row_pair<T, scan_width>) * 4 * Size::R * Size::threads;
   tile_elements elements;
-  if (!IdentityCell<C> && tiles > 1) elements = make_elements(ctx, tiles, s.columns, 4 * scan_width * column_lanes);
-  launch(ctx, "scan", scan_forward_kernel<C, T, scan_width, Half, Size>, dim3(static_cast<unsigned>(blocks)),
-         dim3(Size::threads), 0, cell, p, s, elements, tiles);
+  if (!IdentityCell<C> && !plan.whole)
+    elements = make_elements(ctx, plan.tiles, s.columns, 4 * scan_width * column_lanes);
+  launch(ctx, "scan", scan_forward_kernel<C, T, scan_width, Half, Size>,
+         dim3(static_cast<unsigned>(tickets < slots ? tickets : slots)), dim3(Size::threads), staging, cell, p, s,
+         elements, plan);
 }
 
 template <class Size, int Half, class C, class T>
 void scan_backward_tiles(context& ctx, const C& cell, const scan_backward_args<T>& p, const extents<4>& shape) {
   const scan_shape s(shape, scan_width);
-  const index_t tiles = ceil_div(s.T, Size::rows), blocks = tiles * ceil_div(s.columns, Size::G);
+  const index_t tiles = ceil_div(s.T, Size::rows), blocks = tiles * s.columns;
   tile_elements elements;
   if (!IdentityCell<C> && tiles > 1) elements = make_elements(ctx, tiles, s.columns, 4 * scan_width * column_lanes);
   launch(ctx, "scan backward", scan_backward_kernel<C, T, scan_width, Half, Size>, dim3(static_cast<unsigned>(blocks)),

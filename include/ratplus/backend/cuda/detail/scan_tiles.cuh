@@ -1,8 +1,8 @@
 #pragma once
 // How scans are laid over threads. One thread holds V channels of a head's first half and the V channels half a head
 // away, the pairs that RoPE turns into each other; 32 such threads side by side are a column. A tile is R · W rows of a
-// column: each of W warps walks R consecutive rows in registers, the warps' affine elements are combined through shared
-// memory, and the tiles of a sequence through device memory, by looking back:
+// column: each of W warps walks R consecutive rows, the warps' affine elements are combined through shared memory, and
+// the tiles of a sequence through device memory, by looking back:
 //
 //   every tile publishes its element (a, b) as soon as it has it, and the constant map (0, state) once it knows the
 //   state after its last row. A tile composes its predecessors' elements, latest first, until the composition is
@@ -48,25 +48,48 @@ struct scan_place {
   bool upper;   // whether it has upper channels: false for the middle channel of an odd head
 
   __device__ scan_place(const scan_shape& s, index_t column, int lane, int V) {
-    b = column / s.columns_per_sequence;
-    const int unit = static_cast<int>(column - b * s.columns_per_sequence) * column_lanes + lane;
-    h = unit / s.units;
-    channel = (unit - static_cast<int>(h) * s.units) * V;
+    const auto number = static_cast<unsigned>(column), per_sequence = static_cast<unsigned>(s.columns_per_sequence);
+    const unsigned sequence = number / per_sequence;
+    const int unit = static_cast<int>(number - sequence * per_sequence) * column_lanes + lane, head = unit / s.units;
+    b = sequence, h = head;
+    channel = (unit - head * s.units) * V;
     active = b < s.B && h < s.H;
     if (!active) b = h = 0;
     upper = channel + s.half < s.d;
   }
 };
 
-/// 2 V channels of one row in registers, as stored.
+/// Begins to copy Bytes (4, 8 or 16) to shared memory; `wait_for_copies` waits for all that this thread began.
+template <int Bytes>
+__device__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "n"(Bytes)
+               : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// 2 V channels of one row, as stored.
 template <class T, int V>
-struct row_pair {
+struct alignas(2 * sizeof(raw_channels<T, V>)) row_pair {
   raw_channels<T, V> low, high;
 
   __device__ float operator[](int i) const { return i < V ? low[i] : high[i - V]; }
   __device__ void widen(float (&x)[2 * V]) const {
 #pragma unroll
     for (int i = 0; i < 2 * V; ++i) x[i] = (*this)[i];
+  }
+
+  /// From shared memory in one access.
+  __device__ row_pair copy() const {
+    constexpr int words = static_cast<int>(sizeof(row_pair) / 4);
+    row_pair x;
+    const auto all = *reinterpret_cast<const packed<unsigned, words>*>(this);
+#pragma unroll
+    for (int i = 0; i < words / 2; ++i) {
+      x.low.word[i] = all.at[i];
+      x.high.word[i] = all.at[words / 2 + i];
+    }
+    return x;
   }
 
   __device__ void clear() {
@@ -90,6 +113,7 @@ struct row_pair {
 template <class T>
 __device__ void pin(T*& p) {
   asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));  // which it can no longer see
 }
 
 /// A walk over one thread's channels of the rows of a view. Half: the distance of paired channels where it is known at
@@ -105,6 +129,14 @@ class row_cursor {
   __device__ void read(row_pair<value, V>& row) const {
     row.low.read(p_);
     if (V > 1 || upper_) row.high.read(p_ + half_);
+  }
+
+  /// Begins to read into shared memory.
+  __device__ void fetch(row_pair<value, V>& row) const {
+    static_assert(V > 1);
+    constexpr int bytes = V * static_cast<int>(sizeof(T));
+    copy_async<bytes>(&row.low, p_);
+    copy_async<bytes>(&row.high, p_ + half_);
   }
 
   __device__ void write(const float (&x)[2 * V]) const {
@@ -174,6 +206,58 @@ class thread_rows {
   bool upper_;
 };
 
+/// Rows of a thread, warps of a block, blocks of a multiprocessor.
+template <int R_, int W_, int Blocks>
+struct tile_size {
+  static constexpr int R = R_, W = W_, blocks = Blocks;
+  static constexpr int threads = column_lanes * W, rows = R * W;
+};
+
+/// Rows of sequence b in use, and the position of its row 0.
+struct scan_rows {
+  index_t used, first;
+  __device__ scan_rows(const sequence_spans& spans, index_t b, index_t T, bool active)
+      : used(active && spans.length ? spans.length[b] : T), first(active && spans.first ? spans.first[b] : 0) {}
+};
+
+/// The rows of one tile that a thread holds.
+template <class Size>
+struct scan_piece {
+  index_t t0, position;  // of its first row
+  index_t end;           // rows of the sequence in use
+  int used, present;     // of Size::R: rows in use, rows within the view
+
+  __device__ scan_piece(const sequence_spans& spans, const scan_shape& s, const scan_place& at, index_t tile) {
+    const scan_rows rows(spans, at.b, s.T, at.active);
+    t0 = tile * Size::rows + static_cast<int>(threadIdx.x) / column_lanes * Size::R;
+    position = rows.first + t0;
+    end = rows.used;
+    const auto within = [&](index_t n) {
+      return static_cast<int>(n - t0 < 0 ? 0 : n - t0 < Size::R ? n - t0 : Size::R);
+    };
+    used = at.active ? within(end) : 0;
+    present = at.active ? within(s.T) : 0;
+  }
+};
+
+/// The words of a column, one for each channel of keys and values, are shared out to a block's threads: calls
+/// f(o, word, chain, i) for the thread's o-th word, which is channel i of its own lane; chain 0 is keys, 1 is values.
+template <int N, int Threads>
+struct owned_words {
+  static constexpr int all = 2 * N * column_lanes;
+  static_assert(all % Threads == 0 || Threads % all == 0);
+  static constexpr int count = all > Threads ? all / Threads : 1;
+
+  template <class F>
+  static __device__ void for_each(F&& f) {
+#pragma unroll
+    for (int o = 0; o < count; ++o) {
+      const int word = o * Threads + static_cast<int>(threadIdx.x);
+      if (word < all) f(o, word, word / (N * column_lanes), word / column_lanes % N);
+    }
+  }
+};
+
 /// A channel's value in a (B, H, d) state; 0 when the view is absent. Channel i of the thread.
 template <int V>
 __device__ index_t channel_of(const scan_shape& s, const scan_place& at, int i) {
@@ -191,6 +275,23 @@ template <int V>
 __device__ void write_state(const view<float, 3>& state, const scan_shape& s, const scan_place& at, int i, float x) {
   if (state && has_channel<V>(at, i)) state(at.b, at.h, channel_of<V>(s, at, i)) = x;
 }
+
+/// Cosines and sines of V channels as the table has them.
+template <int V>
+struct row_angles {
+  float cosine[V], sine[V];
+
+  /// x rotated by these angles, or back.
+  template <bool Back>
+  __device__ void rotate(float (&x)[2 * V]) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float n = Back ? -sine[i] : sine[i], low = x[i], high = x[V + i];
+      x[i] = low * cosine[i] - high * n;
+      x[V + i] = high * cosine[i] + low * n;
+    }
+  }
+};
 
 /// A walk over the angles of one thread's channels.
 template <int V, int Half>
@@ -210,15 +311,14 @@ class angle_cursor {
   /// x rotated by this row's angles, or back.
   template <bool Back>
   __device__ void rotate(float (&x)[2 * V]) const {
-    float c[V], n[V];
-    read(p_, c);
-    read(p_ + half_, n);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float sine = Back ? -n[i] : n[i], low = x[i], high = x[V + i];
-      x[i] = low * c[i] - high * sine;
-      x[V + i] = high * c[i] + low * sine;
-    }
+    read().template rotate<Back>(x);
+  }
+
+  __device__ row_angles<V> read() const {
+    row_angles<V> row;
+    read(p_, row.cosine);
+    read(p_ + half_, row.sine);
+    return row;
   }
 
   __device__ void operator++() {
@@ -259,32 +359,39 @@ struct tile_elements {
   unsigned* ticket = nullptr;  // begins with all bits set
   index_t stride = 0;          // words of one tile of all columns
 
-  static __device__ void publish(word* at, affine<float> e) {
+  /// Tile number `tile` in the order of work, word `at` of all columns'.
+  __device__ void publish(index_t tile, index_t at, affine<float> e) const {
     word bits = static_cast<word>(__float_as_uint(e.a)) << 32 | __float_as_uint(e.b);
     if (bits == unpublished) bits = 0x7fffffff7fffffffull;  // a NaN in both halves stays one
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"(bits) : "memory");
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(words + tile * stride + at), "l"(bits) : "memory");
   }
-  static __device__ word peek(const word* at) {
+  __device__ word peek(index_t tile, index_t at) const {
     word bits;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(at) : "memory");
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(words + tile * stride + at) : "memory");
     return bits;
   }
 
+  /// Whether a published map is known not to depend on what is before.
+  static __device__ bool constant(word seen) { return seen >> 32 == 0; }
+
   /// The composition of the tiles before number `tile` at word `at`, latest first, until it is constant or reaches the
   /// first tile, whose published map is constant.
-  __device__ affine<float> look_back(index_t tile, index_t at) const {
+  __device__ affine<float> look_back(index_t tile, index_t at) const { return look_back(tile, at, peek(tile - 1, at)); }
+  /// The same after a first look at tile − 1.
+  __device__ affine<float> look_back(index_t tile, index_t at, word first) const {
     constexpr int window = 4;
     auto past = affine<float>::identity();
     for (index_t last = tile - 1; last >= 0; last -= window) {
       word seen[window];
 #pragma unroll
-      for (int i = 0; i < window; ++i) seen[i] = last - i >= 0 ? peek(words + (last - i) * stride + at) : 0;
+      for (int i = 0; i < window; ++i)
+        seen[i] = last - i < 0 ? 0 : i == 0 && last == tile - 1 ? first : peek(last - i, at);
 #pragma unroll
       for (int i = 0; i < window; ++i) {
         if (last - i < 0) return past;
         while (seen[i] == unpublished) {
           __nanosleep(40);
-          seen[i] = peek(words + (last - i) * stride + at);
+          seen[i] = peek(last - i, at);
         }
         const affine<float> e{__uint_as_float(static_cast<unsigned>(seen[i] >> 32)),
                               __uint_as_float(static_cast<unsigned>(seen[i]))};
@@ -296,7 +403,7 @@ struct tile_elements {
   }
 
   __device__ void wait_for_first(index_t at) const {
-    while (peek(words + at) == unpublished) __nanosleep(40);
+    while (peek(0, at) == unpublished) __nanosleep(40);
   }
 };
 
