@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "ratplus/core/error.hpp"
 #include "ratplus/pattern/names.hpp"
 #include "ratplus/pattern/schedule.hpp"
 #include "ratplus/recurrence/concept.hpp"
@@ -30,7 +31,7 @@ struct numbers {
     return {dilation > 0 ? std::optional<index_t>(dilation) : std::nullopt, window, sinks};
   }
   [[nodiscard]] std::string text() const {
-    return "D" + std::to_string(dilation) + " W" + std::to_string(window) + " S" + std::to_string(sinks);
+    return ratplus::message("D", dilation, " W", window, " S", sinks);
   }
 };
 
