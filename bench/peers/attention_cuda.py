@@ -1,8 +1,8 @@
 """The shapes of bench/attend.cu through PyTorch: scaled_dot_product_attention with cuDNN and with flash, and
 FlexAttention for the sparse patterns. One line each: pattern, B, H, T, d, milliseconds, TFLOP/s of visited keys,
-forward and backward apart.
+forward and backward apart. With --scan also the recurrence of bench/scan.cu (without RoPE) by torch's associative_scan.
 
-    python3 bench/peers/attention_cuda.py [--flex] [--flash] [--tokens 262144]
+    python3 bench/peers/attention_cuda.py [--flex] [--flash] [--scan] [--tokens 262144]
 """
 
 import argparse
@@ -71,6 +71,24 @@ def flex(D, W, T):
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
+def measure_scan(B, T, C):
+    """h_t = γ_t h_{t−1} + (1 − γ_t) x_t of keys and values, compiled; bytes: k, v, g in, k, v out."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def both(k, v, g):
+        gate = torch.sigmoid(g.float())
+        return tuple(associative_scan(combine, (gate, (1 - gate) * x.float()), dim=1)[1].bfloat16() for x in (k, v))
+
+    k, v, g = (torch.randn(B, T, C, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    compiled = torch.compile(both)
+    with torch.no_grad():
+        ms = milliseconds(lambda: compiled(k, v, g))
+    print(f"{'associative_scan':28s} B{B} T{T} C{C}  forward {ms:9.3f} ms {10 * k.numel() / ms * 1e-9:7.2f} TB/s", flush=True)
+
+
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("--tokens", type=int, default=262144)
@@ -79,7 +97,13 @@ def main():
     options.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 262144])
     options.add_argument("--flash", action="store_true")
     options.add_argument("--flex", action="store_true")
+    options.add_argument("--scan", action="store_true")
     args = options.parse_args()
+    if args.scan:
+        try:
+            measure_scan(args.tokens // 4096, 4096, args.heads * args.head_size)
+        except Exception as error:  # not every release compiles it
+            print(f"associative_scan: {type(error).__name__}: {str(error).splitlines()[0]}")
     for T in args.lengths:
         shape = (max(args.tokens // T, 1), args.heads, T, args.head_size)
         measure("cudnn dense", (1, 0), shape, sdpa(SDPBackend.CUDNN_ATTENTION))

@@ -63,6 +63,11 @@ TEMPLATE_TEST_CASE("matmul: every size, transposition and addend", "", RATPLUS_T
           check_product<T>(backend, 65, 63, 127, transpose_a, transpose_b, what, where);
     }
   check_product<T>(backend, 1, 1, 1, false, false, plus::nothing, layout::packed);
+  // A few rows by rows, as in decoding.
+  for (const index_t M : {1, 2, 3, 4, 5})
+    for (const index_t K : {8, 200, 2048, 2056, 4104})
+      for (const plus what : {plus::nothing, plus::itself})
+        check_product<T>(backend, M, 19, K, false, true, what, layout::packed);
 }
 
 TEMPLATE_TEST_CASE("matmul: an empty sum is zero, or the addend", "", RATPLUS_TEST_BACKENDS) {
