@@ -2,8 +2,7 @@
 // Matrix products by cuBLASLt. It thinks in columns: a row-major (M, N) matrix with rows `stride` apart is its
 // column-major (N, M) one, so C = A · B is asked for as Cᵀ = Bᵀ · Aᵀ with the operands exchanged and nothing moved.
 // Float products are float32 throughout (no tf32); bfloat16 products accumulate in float32. The library's choice of
-// algorithm for a shape is asked for once and kept. Products of a few rows, which wait for b's bytes alone, are our
-// own.
+// algorithm for a shape is asked for once and kept.
 
 #include <cstring>
 
@@ -78,67 +77,6 @@ inline void make_plan(matmul_plan& plan, cublasLtHandle_t handle, const matmul_k
   plan.algorithm = best.algo;
 }
 
-/// Products of up to this many rows by rows of b, as in decoding, only read b: a warp a row of it. The library takes
-/// half as long again as the bytes do.
-inline constexpr int few_rows = 4;
-
-template <int M, class TC>
-__global__ void __launch_bounds__(row_threads) few_rows_kernel(matmul_args<bfloat16, TC> p) {
-  constexpr int V = widest<bfloat16>, batch = 8, step = 32 * V;
-  const index_t n = static_cast<index_t>(blockIdx.x) * (row_threads / 32) + threadIdx.x / 32;
-  if (n >= p.c.extent(1)) return;
-  const int K = static_cast<int>(p.a.extent(1)), lane_id = static_cast<int>(threadIdx.x) % 32;
-  const bfloat16* const b = p.b.row(n) + lane_id * V;
-  raw_channels<bfloat16, V> now[batch], next[batch];
-  const auto read = [&](int begin, raw_channels<bfloat16, V>(&rows)[batch]) {
-#pragma unroll
-    for (int j = 0; j < batch; ++j)
-      if (begin + j * step + lane_id * V < K) rows[j].read(b + begin + j * step);
-  };
-  read(0, now);  // weights, which no kernel before changes
-  wait_for_previous();
-  float sum[M] = {};
-  for (int begin = 0; begin < K; begin += batch * step) {
-    read(begin + batch * step, next);
-#pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      const int k = begin + j * step + lane_id * V;
-      if (k >= K) break;
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        raw_channels<bfloat16, V> a;
-        a.read(p.a.row(index_t{m}) + k);
-#pragma unroll
-        for (int i = 0; i < V; ++i) sum[m] += a[i] * now[j][i];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < batch; ++j) now[j] = next[j];
-  }
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], offset);
-    if (lane_id == 0) p.c(m, n) = from_float<TC>(sum[m] + (p.addend ? to_float(p.addend(m, n)) : 0.0f));
-  }
-}
-
-/// Whether few_rows_kernel can do this product.
-template <class TC>
-[[nodiscard]] bool has_few_rows(const matmul_args<bfloat16, TC>& p) {
-  constexpr int V = widest<bfloat16>;
-  return p.c.extent(0) <= few_rows && p.transpose_b && !p.transpose_a && p.a.extent(1) % V == 0 && aligned(p.a, V) &&
-         aligned(p.b, V);
-}
-
-template <class TC>
-void multiply_few_rows(context& ctx, const matmul_args<bfloat16, TC>& p) {
-  constexpr void (*kernels[])(matmul_args<bfloat16, TC>) = {few_rows_kernel<1, TC>, few_rows_kernel<2, TC>,
-                                                            few_rows_kernel<3, TC>, few_rows_kernel<4, TC>};
-  launch_overlapped(ctx, "matmul", kernels[p.c.extent(0) - 1],
-                    dim3(static_cast<unsigned>(ceil_div(p.c.extent(1), row_threads / 32))), dim3(row_threads), p);
-}
-
 }  // namespace detail
 
 template <class T, class TC>
@@ -151,8 +89,6 @@ void matmul_on(context& ctx, const matmul_args<T, TC>& p) {
       for (index_t m = 0; m < M; ++m) fill_on(ctx, p.c[m], TC(0.0f));
     return;
   }
-  if constexpr (std::is_same_v<T, bfloat16>)
-    if (detail::has_few_rows(p)) return detail::multiply_few_rows(ctx, p);
   // The stride of a single row means nothing; the library wants it to span the row all the same.
   const auto stride = [](const auto& v) { return v.extent(0) > 1 ? v.stride(0) : v.extent(1); };
   detail::matmul_key key;
