@@ -118,12 +118,13 @@ void measure(device_context& ctx, index_t T, double copy) {
 int main(int argc, char** argv) try {
   device_context ctx;
   for (const char* text :
-       {"dense", "dilated:16", "dilated:16+local:50+sinks:4", "local:100+sinks:4", "dilated:3+sinks:130"})
+       {"dense", "dilated:16", "dilated:16", "dilated:16+local:50+sinks:4", "local:100+sinks:4", "dilated:3+sinks:130"})
     for (const index_t d : {64, 128})
       for (const index_t T : {2, 127, 129, 1000}) {
         const double error = check(ctx, parse_pattern(text), T, d);
         std::printf("check %-28s T %4lld d %3lld  %.1e\n", text, static_cast<long long>(T), static_cast<long long>(d),
                     error);
+        std::fflush(stdout);
         if (!(error <= 5e-3)) return 1;
       }
   if (argc > 1 && std::strcmp(argv[1], "check") == 0) return 0;

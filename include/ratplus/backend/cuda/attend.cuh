@@ -46,7 +46,7 @@ template <class P, class T>
 void attend_backward_on(context& ctx, const P& pattern, const attend_backward_args<T>& p) {
   const index_t d = p.q.extent(3);
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (detail::tileable(ctx, d, p.q, p.k, p.v, p.dout, p.dq, p.dk, p.dv))
+    if (detail::tileable(ctx, d, p.q, p.k, p.v, p.out, p.dout, p.dq, p.dk, p.dv))
       return detail::attend_backward_tiles(ctx, pattern, p);
   detail::check_head_size("attend backward", d);
   const auto statistics = detail::statistics_of(ctx, p);

@@ -3,12 +3,12 @@
 //
 //     S = q kᵀ     P = e^{S/√d − m}     out = P v / Σ P     with running maxima m (softmax in one pass over the keys)
 //
-// One thread block per multiprocessor works through tiles of 128 queries. Its first warp group copies: it works out
-// which keys each query of the next tile sees, and feeds tiles of 128 keys and values into a ring. A run of every D-th
-// key is a tensor map whose row stride is D rows, so that sparse and dense tiles are the same to everything that
-// follows. Two warp groups compute, 64 queries each: scores of one key tile are multiplied while the values of the tile
-// before are, and one group's exponentials overlap the other's products, because the two issue theirs in turns. Only
-// tiles that some row sees in part are masked, by the two bounds of each row.
+// One thread block per multiprocessor works through tiles of 128 queries. Its first warp group copies: three warps work
+// out which keys each query of the next tile sees, and one feeds tiles of 128 keys and values into a ring. A run of
+// every D-th key is a tensor map whose row stride is D rows, so that sparse and dense tiles are the same to everything
+// that follows. Two warp groups compute, 64 queries each: scores of one key tile are multiplied while the values of the
+// tile before are, and one group's exponentials overlap the other's products, because the two issue theirs in turns.
+// Only tiles that some row sees in part are masked, by the two bounds of each row.
 
 #include "ratplus/backend/cuda/detail/attend_tiles.cuh"
 
@@ -22,7 +22,7 @@ struct forward_job {
   Heads patterns;
   Past past;
   attend_shape shape;
-  tile_order order;
+  tile_queue tiles;
   view<float, 3> lse;  // (B, H, T), absent: not wanted
 };
 
@@ -31,12 +31,12 @@ struct forward_memory {
   static constexpr int tile = tile_rows * D * 2;  // bytes of 128 rows
   static constexpr int stages = D == 128 ? 2 : 4;
   static constexpr int q = 0, k = 2 * tile, v = k + stages * tile, bounds = v + stages * tile;
-  static constexpr int bytes = bounds + 2 * static_cast<int>(sizeof(row_bounds<Runs>)) + 1024;  // 1024: alignment
+  static constexpr int bytes = bounds + static_cast<int>(sizeof(row_bounds<Runs>[2])) + 1024;  // 1024: alignment
 };
 
 template <int Stages>
 struct forward_barriers {
-  hopper::barrier q_full[2], q_empty[2], k_full[Stages], k_empty[Stages], v_full[Stages], v_empty[Stages];
+  hopper::barrier described[2], q_full[2], q_empty[2], k_full[Stages], k_empty[Stages], v_full[Stages], v_empty[Stages];
 };
 
 /// Softmax of two rows of a 64-row fragment, in one pass over the keys.
@@ -85,13 +85,14 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   constexpr int stages = memory::stages, panel_bytes = tile_rows * row_bytes;
   __shared__ forward_barriers<stages> bar;
   char* const base = shared_tiles();
-  auto* const bounds = reinterpret_cast<row_bounds<runs>*>(base + memory::bounds);
+  auto& bounds = *reinterpret_cast<row_bounds<runs>(*)[2]>(base + memory::bounds);
   const attend_shape& shape = job.shape;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
+      bar.described[i].init(1);
       bar.q_full[i].init(1);
-      bar.q_empty[i].init(2);
+      bar.q_empty[i].init(3);  // the computing groups and the loading thread
     }
     for (int i = 0; i < stages; ++i) {
       bar.k_full[i].init(1);
@@ -110,30 +111,34 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 
   if (group < 0) {
     give_registers<40>();
-    for (int i = static_cast<int>(blockIdx.x); i < job.order.count();
-         i += static_cast<int>(gridDim.x), tile.advance()) {
-      const auto [number, head_of_all] = job.order[i];
-      const int b = head_of_all / shape.H, h = head_of_all % shape.H;
-      const int used = shape.rows_in_use(b), t0 = number * tile_rows;
-      bar.q_empty[tile.stage].wait(tile.parity ^ 1);
-      row_bounds<runs>& rows = bounds[tile.stage];
-      find_bounds(rows, job.patterns, job.keys, job.past, h, b, t0, used, thread);
-      sync_threads(1, group_threads);
-      if (thread == 0) {
+    if (thread >= 32) {
+      describe_tiles(job.tiles, shape, bounds, bar.described, bar.q_empty, thread - 32,
+                     [&](row_bounds<runs>& rows, const tile_place& at, int row) {
+                       find_bounds(rows, job.patterns, job.keys, job.past, at, row);
+                     });
+    } else if (thread == 0) {
+      for (bool more = true; more; tile.advance()) {
+        bar.described[tile.stage].wait(tile.parity);
+        const row_bounds<runs>& rows = bounds[tile.stage];
+        const int b = rows.b, h = rows.h, t0 = rows.number * tile_rows;
+        more = rows.next < job.tiles.order.count();
         bar.q_full[tile.stage].arrive_expecting(memory::tile);
         load_tile<D, tile_rows>(base + memory::q + tile.stage * memory::tile, job.q, bar.q_full[tile.stage], t0, h, b);
         for (tile_walk<tile_rows, runs> walk; walk.next(rows); kv.advance()) {
           const lattice& from = job.keys.at[rows.lattice[walk.run]];
-          const auto load = [&](barrier& empty, barrier& full, const CUtensorMap& map, int at) {
+          const int joined = walk.run == rows.anchors ? rows.sinks : 0;
+          const auto load = [&](barrier& empty, barrier& full, const lattice_rows& of, const CUtensorMap& sinks,
+                                int at) {
             empty.wait(kv.parity ^ 1);
             full.arrive_expecting(memory::tile);
-            load_tile<D, tile_rows>(base + at + kv.stage * memory::tile, map, full, walk.start, from.pooled ? 0 : h, b);
+            load_keys<D, tile_rows>(base + at + kv.stage * memory::tile, of, sinks, joined, full, walk.start,
+                                    from.pooled ? 0 : h, b);
           };
-          load(bar.k_empty[kv.stage], bar.k_full[kv.stage], from.k, memory::k);
-          load(bar.v_empty[kv.stage], bar.v_full[kv.stage], from.v, memory::v);
+          load(bar.k_empty[kv.stage], bar.k_full[kv.stage], from.k, job.keys.k_sinks, memory::k);
+          load(bar.v_empty[kv.stage], bar.v_full[kv.stage], from.v, job.keys.v_sinks, memory::v);
         }
+        bar.q_empty[tile.stage].arrive();
       }
-      __syncwarp();
     }
   } else {
     take_registers<232>();
@@ -143,14 +148,15 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
     const int turn = 2 + group, other_turn = 3 - group, group_id = 4 + group;  // named barriers
     if (group == 1) arrive_threads(other_turn, 2 * group_threads);
 
-    for (int i = static_cast<int>(blockIdx.x); i < job.order.count();
-         i += static_cast<int>(gridDim.x), tile.advance()) {
-      const auto [number, head_of_all] = job.order[i];
-      const int b = head_of_all / shape.H, h = head_of_all % shape.H;
-      const int used = shape.rows_in_use(b), t0 = number * tile_rows;
+    stores_under_way stores;
+
+    for (bool more = true; more; tile.advance()) {
+      bar.q_full[tile.stage].wait(tile.parity);
+      const row_bounds<runs>& rows = bounds[tile.stage];
+      const int b = rows.b, h = rows.h, used = rows.used, t0 = rows.number * tile_rows;
+      more = rows.next < job.tiles.order.count();
       char* const q = base + memory::q + tile.stage * memory::tile;
       const std::uint64_t q_rows = operand(q + 64 * group * row_bytes);
-      const row_bounds<runs>& rows = bounds[tile.stage];
       float out[D / 2], s[64];
       std::uint32_t p[8][4];
       running_softmax softmax;
@@ -175,6 +181,10 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const auto release = [&](barrier& empty) {
         if (lane == 0) empty.arrive();
       };
+      const auto release_after_reads = [&](barrier& empty) {
+        __syncwarp();
+        release(empty);
+      };
       const auto take_scores = [&](const tile_walk<tile_rows, runs>& walk, float(&shrink)[2]) {
         const auto& seen = rows.at[walk.run];
         // Seen by all of the group's rows when the last begins before the tile and the first ends behind it.
@@ -182,25 +192,61 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           mask_columns(s, seen, row, walk.start, lane);
         softmax.add(s, scale, shrink);
       };
+      const auto shrink_sums = [&](const float(&shrink)[2]) {
+#pragma unroll
+        for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
+      };
       const auto wait_values = [&](const tile_walk<tile_rows, runs>& walk, int stage, int parity) {
         bar.v_full[stage].wait(parity);
         const int end = rows.at[walk.run][tile_rows - 1].end - walk.start;
         if (end < tile_rows) zero_rows<D, tile_rows>(base + memory::v + stage * memory::tile, end, thread, group_id);
       };
 
-      bar.q_full[tile.stage].wait(tile.parity);
+      // Each row's own key: s = q · k is the maximum so far, 1 the sum, v the result.
+      const auto begin_with_own = [&] {
+        const char *const k = base + memory::k + kv.stage * memory::tile, *const v = k + memory::v - memory::k;
+        bar.k_full[kv.stage].wait(kv.parity);
+        multiply_own<D, tile_rows, tile_rows>(q, row, k, row, lane, softmax.max);
+        release_after_reads(bar.k_empty[kv.stage]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const lattice_range own = rows.at[rows.window][row + 8 * half];
+          if (own.begin == own.end) softmax.max[half] = -INFINITY;
+          softmax.sum[half] = own.begin < own.end && lane % 4 == 0 ? 1.0f : 0.0f;
+        }
+        bar.v_full[kv.stage].wait(kv.parity);
+#pragma unroll
+        for (int c = 0; c < D / 16; ++c) {
+          std::uint32_t pair[4];
+          load_blocks(v + chunk_offset(tile_rows, first_row + lane % 16, 2 * c + lane / 16), pair);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            out[8 * c + 2 * j] = widened(pair[j]).x;
+            out[8 * c + 2 * j + 1] = widened(pair[j]).y;
+          }
+        }
+        release_after_reads(bar.v_empty[kv.stage]);
+        kv.advance();
+      };
+
       tile_walk<tile_rows, runs> walk;
-      const bool any = walk.next(rows);
+      bool any = walk.next(rows), accumulate = false;
+      if (any && rows.own && walk.run == rows.window) {
+        begin_with_own();
+        accumulate = true;
+        any = walk.next(rows);
+      }
       if (any) {
         float shrink[2];
         bar.k_full[kv.stage].wait(kv.parity);
         multiply_keys(kv.stage);
+        if (thread == 0) stores.finish();
         wgmma_wait<0>();
         pin(s);
         release(bar.k_empty[kv.stage]);
         take_scores(walk, shrink);
+        if (accumulate) shrink_sums(shrink);
         round_fragment(s, p);
-        bool accumulate = false;
         ring_place<stages> values = kv;
         tile_walk<tile_rows, runs> values_walk = walk;
         for (kv.advance(); walk.next(rows); kv.advance()) {
@@ -217,8 +263,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           wgmma_wait<0>();
           pin(out);
           release(bar.v_empty[values.stage]);
-#pragma unroll
-          for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
+          shrink_sums(shrink);
           round_fragment(s, p);
           accumulate = true;
           values = kv;
@@ -231,6 +276,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         release(bar.v_empty[values.stage]);
       }
 
+      if (thread == 0) stores.finish();
       softmax.finish();
       bool in_use[2];
 #pragma unroll
@@ -241,9 +287,10 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           job.lse(b, h, t) = t < used ? softmax.max[half] * shape.scale + logf(softmax.sum[half]) : 0.0f;
       }
       const float inverse[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
-      store_rows<D>(out, inverse, in_use, q, job.out, bar.q_empty[tile.stage], t0, shape.T, h, b, group, thread,
+      store_rows<D>(out, inverse, in_use, q, job.out, bar.q_empty[tile.stage], stores, t0, shape.T, h, b, group, thread,
                     group_id);
     }
+    if (thread == 0) stores.finish();
   }
 #endif
 }
@@ -257,9 +304,9 @@ void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& k
                                      .patterns = patterns,
                                      .past = past,
                                      .shape = shape_of(p),
-                                     .order = order_of(p.q),
+                                     .tiles = {order_of(p.q), ctx.counters(1)},
                                      .lse = p.lse};
-  const int blocks = std::min(ctx.multiprocessors(), job.order.count());
+  const int blocks = blocks_of(ctx, job.tiles.order);
   const auto with = [&](auto kernel, int bytes) {
     launch(ctx, "attend", kernel, blocks, 3 * hopper::group_threads, bytes, job);
   };

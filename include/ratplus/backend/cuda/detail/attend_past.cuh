@@ -28,22 +28,24 @@ template <class P>
 /// The seven ranges of each row: sinks, anchors and window before this call and in it, the ring of the window as two.
 template <class Heads>
 __device__ void find_bounds(row_bounds<past_rows::runs>& rows, const Heads& heads, const lattices&,
-                            const past_rows& past, int h, int b, int t0, int used, int thread) {
+                            const past_rows& past, const tile_place& at, int row) {
   using source = past_rows::source;
-  const index_t first = past.first[b], query = first + max(min(t0 + thread, used - 1), 0);
-  const head_slots& head = past.heads[h];
+  const int t0 = at.number * tile_rows, used = at.used;
+  const index_t first = past.first[at.b], query = first + max(min(t0 + row, used - 1), 0);
+  const head_slots& head = past.heads[at.h];
   const residency& where = head.where;
   key_runs keys;
   index_t first_gathered = first;
-  heads.visit(h, [&](const auto& pattern) {
+  bool own = false;
+  heads.visit(at.h, [&](const auto& pattern) {
     keys = pattern.keys(query);
+    own = sees_own_key_alone(pattern);
     if (used > 0) first_gathered = fresh_anchors(pattern, first, used).begin;
   });
   const auto set = [&](int run, source from, index_t begin, index_t end) {
-    if (thread == 0) rows.lattice[run] = from;
+    if (row == 0) rows.lattice[run] = from;
     if (end < begin) end = begin;
-    rows.at[run][thread] =
-        t0 < used ? lattice_range{static_cast<int>(begin), static_cast<int>(end)} : lattice_range{0, 0};
+    rows.at[run][row] = t0 < used ? lattice_range{static_cast<int>(begin), static_cast<int>(end)} : lattice_range{0, 0};
   };
   const auto old = [&](int r) { return clip(keys[r], 0, first); };
   const auto now = [&](int r) { return clip(keys[r], first, query + 1); };
@@ -75,6 +77,8 @@ __device__ void find_bounds(row_bounds<past_rows::runs>& rows, const Heads& head
     set(5, source::pool, ring + (begin > turn ? begin : turn) - turn, ring + end - turn);
   }
   set(6, source::fresh, now(2).begin - first, now(2).end - first);
+  if (row == 0) rows.sinks = 0;
+  set_own(rows, own, !now(2).empty(), t0 + row, used, row);
 }
 
 /// Copies the rows of this call that are anchors of their head, of k and v (B, H, T, d), to the same of (B, H, n, d).
@@ -135,7 +139,10 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
   const auto heads = on_device(pattern, H);
   if constexpr (sparse_on_device<std::remove_const_t<decltype(heads)>>) {
     const auto maps = [](const view<const bfloat16, 4>& k, const view<const bfloat16, 4>& v, bool pooled) {
-      return lattice{hopper::tensor_map(rows_of(k), tile_rows), hopper::tensor_map(rows_of(v), tile_rows), 0, 1,
+      return lattice{{hopper::tensor_map(rows_of(k), tile_rows), {}},
+                     {hopper::tensor_map(rows_of(v), tile_rows), {}},
+                     0,
+                     1,
                      pooled};
     };
     lattices keys;

@@ -49,13 +49,19 @@ __global__ void __launch_bounds__(32 * warps_per_block)
     statistics(b, h, t) = in_use ? row_statistics{p.lse(b, h, t) * log2_e, delta} : row_statistics{INFINITY, 0};
 }
 
-/// Statistics of all rows, (B, H, rows padded to a multiple of 64), in the context's scratch memory.
+/// Room in the context's scratch memory for the statistics of all rows, (B, H, rows padded to a multiple of 64).
+template <class T>
+[[nodiscard]] view<row_statistics, 3> room_for_statistics(context& ctx, const attend_backward_args<T>& p) {
+  const index_t B = p.q.extent(0), H = p.q.extent(1), padded = (p.q.extent(2) + 63) / 64 * 64;
+  const auto bytes = static_cast<std::size_t>(B * H * padded) * sizeof(row_statistics);
+  return as_view(static_cast<row_statistics*>(ctx.scratch(bytes)), B, H, padded);
+}
+
+/// The statistics of all rows.
 template <class T>
 [[nodiscard]] view<const row_statistics, 3> statistics_of(context& ctx, const attend_backward_args<T>& p) {
-  const index_t B = p.q.extent(0), H = p.q.extent(1), padded = (p.q.extent(2) + 63) / 64 * 64;
-  const index_t n = B * H * padded;
-  const view<row_statistics, 3> statistics = as_view(
-      static_cast<row_statistics*>(ctx.scratch(static_cast<std::size_t>(n) * sizeof(row_statistics))), B, H, padded);
+  const view<row_statistics, 3> statistics = room_for_statistics(ctx, p);
+  const index_t n = statistics.size();
   const bool fours = p.q.extent(3) % 4 == 0 && aligned(p.out, 4) && aligned(p.dout, 4);
   launch(ctx, "attend backward", fours ? attend_statistics<4, T> : attend_statistics<1, T>,
          static_cast<unsigned>(ceil_div(n, warps_per_block)), 32 * warps_per_block, 0, p, statistics);

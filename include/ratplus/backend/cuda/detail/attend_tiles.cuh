@@ -34,6 +34,24 @@ struct tile_order {
   }
 };
 
+/// Gives tiles out one by one, so that no block waits for another's heavier ones. A block's first tile has its own
+/// number; then it takes the next that nobody has taken. count() tickets are taken in all, the last of every block
+/// being the one that tells it to stop, after which the counter is zero again.
+struct tile_queue {
+  tile_order order;
+  unsigned* taken;  // one of the context's counters
+
+  /// count() or more: there are no more tiles. One thread of a block asks.
+  [[nodiscard]] __device__ int next() const {
+    return static_cast<int>(gridDim.x + atomicInc(taken, static_cast<unsigned>(order.count()) - 1));
+  }
+};
+
+/// Blocks that share the tiles of `order`, at least one each.
+[[nodiscard]] inline int blocks_of(const context& ctx, const tile_order& order) {
+  return std::min(ctx.multiprocessors(), order.count());
+}
+
 /// Indices [begin, end) of a run on its lattice: index i is position begin % step + i · step of the run.
 struct lattice_range {
   int begin, end;
@@ -51,9 +69,29 @@ struct lattice_range {
           x.stride(2), x.stride(1), x.stride(0), origin,      step};
 }
 
+/// A few sinks would cost a tile of their own. Where there are anchors too they take the first rows of the anchors'
+/// first tile instead: the last of `sink_rows` rows, so that what a query sees of both is one range of rows still.
+inline constexpr int sink_rows = 8;
+
+/// How many sinks of a pattern join its anchors.
+template <class P>
+[[nodiscard]] RATPLUS_HD constexpr int joined_sinks(const P& pattern) {
+  if constexpr (SparsePattern<P>) {
+    const any_sparse p = pattern;
+    return p.anchored() && p.sinks() < p.dilation() && p.sinks() <= sink_rows ? static_cast<int>(p.sinks()) : 0;
+  } else {
+    return 0;
+  }
+}
+
+/// Rows of a tensor on a lattice: boxes of a whole tile, and of a tile without the rows of sinks.
+struct lattice_rows {
+  CUtensorMap tile, rest;
+};
+
 /// The rows of two tensors (keys and values) on one lattice.
 struct lattice {
-  CUtensorMap k, v;
+  lattice_rows k, v;
   int origin, step;
   bool pooled = false;  // all heads of a sequence in one: rows are slots
 };
@@ -61,6 +99,7 @@ struct lattice {
 /// The lattices of all runs of all heads of a call: as a rule one or two.
 struct lattices {
   static constexpr int most = 16;
+  CUtensorMap k_sinks, v_sinks;  // boxes of sink_rows
   lattice at[most];
   int count = 0;
 
@@ -77,6 +116,8 @@ template <HeadPattern P>
 [[nodiscard]] lattices lattices_of(const P& pattern, const view<const bfloat16, 4>& k, const view<const bfloat16, 4>& v,
                                    int box_rows) {
   lattices all;
+  all.k_sinks = hopper::tensor_map(rows_of(k), sink_rows);
+  all.v_sinks = hopper::tensor_map(rows_of(v), sink_rows);
   const index_t groups = head_groups(pattern);
   for (index_t g = 0; g < groups; ++g)
     visit_head(pattern, g, groups, [&](const auto& p) {
@@ -86,38 +127,93 @@ template <HeadPattern P>
           throw value_error(
               message("attend: the heads' patterns have more than ", lattices::most, " different dilations"));
         const index_t origin = run.begin % run.step;
-        all.at[all.count++] = {hopper::tensor_map(rows_of(k, origin, run.step), box_rows),
-                               hopper::tensor_map(rows_of(v, origin, run.step), box_rows), static_cast<int>(origin),
-                               static_cast<int>(run.step)};
+        const auto boxes = [&](const view<const bfloat16, 4>& x) {
+          const hopper::rows_of_heads rows = rows_of(x, origin, run.step);
+          return lattice_rows{hopper::tensor_map(rows, box_rows), hopper::tensor_map(rows, box_rows - sink_rows)};
+        };
+        all.at[all.count++] = {boxes(k), boxes(v), static_cast<int>(origin), static_cast<int>(run.step)};
       }
     });
   return all;
 }
 
-/// For each row of a tile and each run, the lattice indices that the row sees. Neither end falls from row to row.
+/// Where a block is in its work.
+struct tile_place {
+  int b, h;
+  int number;  // tile_order::place::tile
+  int used;    // rows in use of the sequence
+  int next;    // number of the block's next tile, for the queue
+};
+
+/// A tile of queries: for each row and each run, the lattice indices that the row sees. Neither end falls from row to
+/// row.
+///
+/// The last run is the window among the rows of this call. When it holds no key but the row's own (W = 0), a product of
+/// tiles would compute 128 scores to use one: `own` says so, the run is one tile whose row i belongs to query i (and is
+/// empty when the query finds its own key among the sinks), and the row's own score is taken element by element.
 template <int Runs>
-struct row_bounds {
+struct row_bounds : tile_place {
+  static constexpr int window = Runs - 1, anchors = 1;
+
   lattice_range at[Runs][tile_rows];
   int lattice[Runs];  // of each run
+  int sinks;          // that have joined the anchors, whose indices then begin sink_rows later
+  bool own;
+
+  /// The first index of a run's first tile.
+  [[nodiscard]] __device__ int first(int run) const { return sinks > 0 && run == anchors ? 0 : at[run][0].begin; }
 };
+
+/// The window's number among a pattern's runs.
+inline constexpr int window_run = key_runs::count - 1;
+
+/// Whether the window of every query is its own key and no other.
+template <class P>
+[[nodiscard]] RATPLUS_HD constexpr bool sees_own_key_alone(const P& pattern) {
+  if constexpr (SparsePattern<P>)
+    return !any_sparse(pattern).dense() && any_sparse(pattern).window() == 0;
+  else
+    return false;
+}
 
 /// Row 0 of every sequence is position 0.
 struct no_past {
   static constexpr int runs = key_runs::count;
 };
 
-/// Fills them for queries t0 … t0 + 127, one thread each; a barrier must follow. Rows beyond the last see what it sees:
-/// their results are dropped, and the bounds still never fall.
+/// The window of row t when it can hold no key but the row's own.
+template <int Runs>
+__device__ inline void set_own(row_bounds<Runs>& rows, bool own, bool seen, int t, int used, int row) {
+  if (own) rows.at[rows.window][row] = {t, seen && t < used ? t + 1 : t};
+  if (row == 0) rows.own = own;
+}
+
+/// Fills them for row `row` of the tile at `at`. Rows beyond the last in use see what it sees: their results are
+/// dropped, and the bounds still never fall.
 template <class Heads>
-__device__ void find_bounds(row_bounds<no_past::runs>& rows, const Heads& heads, const lattices& keys, no_past, int h,
-                            int, int t0, int used, int thread) {
+__device__ void find_bounds(row_bounds<no_past::runs>& rows, const Heads& heads, const lattices& keys, no_past,
+                            const tile_place& at, int row) {
+  const int t0 = at.number * tile_rows;
   key_runs runs;
-  heads.visit(h, [&](const auto& pattern) { runs = pattern.keys(max(min(t0 + thread, used - 1), 0)); });
+  int sinks = 0;
+  bool own = false;
+  heads.visit(at.h, [&](const auto& pattern) {
+    runs = pattern.keys(max(min(t0 + row, at.used - 1), 0));
+    sinks = joined_sinks(pattern);
+    own = sees_own_key_alone(pattern);
+  });
 #pragma unroll
   for (int r = 0; r < key_runs::count; ++r) {
-    if (thread == 0) rows.lattice[r] = keys.find(runs[r]);
-    rows.at[r][thread] = t0 < used ? on_lattice(runs[r]) : lattice_range{0, 0};
+    if (row == 0) rows.lattice[r] = keys.find(runs[r]);
+    rows.at[r][row] = t0 < at.used ? on_lattice(runs[r]) : lattice_range{0, 0};
   }
+  if (row == 0) rows.sinks = sinks;
+  if (sinks > 0 && t0 < at.used) {
+    const int begin = sink_rows - sinks, seen = static_cast<int>(runs[0].end), n = rows.at[rows.anchors][row].end;
+    rows.at[rows.anchors][row] = {begin, n > 0 ? sink_rows + n : begin + seen};
+    rows.at[0][row] = {0, 0};
+  }
+  set_own(rows, own, !runs[rows.window].empty(), t0 + row, at.used, row);
 }
 
 /// Walks the tiles of `Keys` lattice indices that any row of a tile of queries sees: the window first, then anchors,
@@ -132,7 +228,7 @@ struct tile_walk {
       return true;
     }
     while (--run >= 0) {
-      first = rows.at[run][0].begin;
+      first = rows.first(run);
       const int n = rows.at[run][tile_rows - 1].end - first;
       start = first + (n - 1) / Keys * Keys;
       if (n > 0) return true;
@@ -154,6 +250,28 @@ template <class Args>
 [[nodiscard]] attend_shape shape_of(const Args& p) {
   return {static_cast<int>(p.q.extent(0)), static_cast<int>(p.q.extent(1)), static_cast<int>(p.q.extent(2)),
           p.spans.length, 1.0f / std::sqrt(static_cast<float>(p.q.extent(3)))};
+}
+
+/// Three warps of the copying group, thread 0 … 95, find out ahead of the fourth, which loads, what it is to load:
+/// fill(tile, place, row) describes row `row` of a tile, the same warp 32 neighbours at a time.
+inline constexpr int describing_threads = 96;
+template <class Tile, class Fill>
+__device__ inline void describe_tiles(const tile_queue& queue, const attend_shape& shape, Tile (&tiles)[2],
+                                      hopper::barrier (&described)[2], hopper::barrier (&empty)[2], int thread,
+                                      Fill&& fill) {
+  hopper::ring_place<2> at;
+  for (int i = static_cast<int>(blockIdx.x); i < queue.order.count(); at.advance()) {
+    const auto [number, head] = queue.order[i];
+    tile_place place{head / shape.H, head % shape.H, number, shape.rows_in_use(head / shape.H), 0};
+    if (thread == 0) place.next = queue.next();
+    empty[at.stage].wait(at.parity ^ 1);
+    Tile& tile = tiles[at.stage];
+    for (int row = thread; row < tile_rows; row += describing_threads) fill(tile, place, row);
+    if (thread == 0) static_cast<tile_place&>(tile) = place;
+    hopper::sync_threads(1, describing_threads);
+    if (thread == 0) described[at.stage].arrive();
+    i = tile.next;
+  }
 }
 
 /// Tiles of the rows of x, (B, H, T, d), for kernels that stream two tensors of its heads past each.
@@ -200,19 +318,73 @@ __device__ inline void round_fragment(const float (&s)[N], std::uint32_t (&a)[N 
     for (int j = 0; j < 4; ++j) a[c][j] = hopper::rounded_pair(s[8 * c + 2 * j], s[8 * c + 2 * j + 1]);
 }
 
+/// The two elements of a pair.
+[[nodiscard]] __device__ inline float2 widened(std::uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+/// Products of rows a_row and a_row + 8 of one tile with rows b_row and b_row + 8 of another, both of D channels; the
+/// four lanes that share the rows call it together.
+template <int D, int RowsA, int RowsB>
+__device__ inline void multiply_own(const char* a, int a_row, const char* b, int b_row, int lane, float (&sum)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float x = 0;
+#pragma unroll
+    for (int c = 0; c < D / 32; ++c) {
+      const int chunk = lane % 4 + 4 * (c ^ (lane / 4 & 1));  // neighbouring rows in different banks
+      const auto a8 = *reinterpret_cast<const uint4*>(a + hopper::chunk_offset(RowsA, a_row + 8 * half, chunk));
+      const auto b8 = *reinterpret_cast<const uint4*>(b + hopper::chunk_offset(RowsB, b_row + 8 * half, chunk));
+      const std::uint32_t a2[] = {a8.x, a8.y, a8.z, a8.w}, b2[] = {b8.x, b8.y, b8.z, b8.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 u = widened(a2[i]), w = widened(b2[i]);
+        x += u.x * w.x + u.y * w.y;
+      }
+    }
+    x += __shfl_xor_sync(~0u, x, 1);
+    sum[half] = x + __shfl_xor_sync(~0u, x, 2);
+  }
+}
+
 /// Loads rows [row, row + Rows) of D channels of head h, sequence b, as panels; `full` counts their bytes.
 template <int D, int Rows>
 __device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barrier& full, int row, int h, int b) {
   for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
 }
 
+/// Loads the tile of keys or values that begins at index `start` of a lattice, which `joined` sinks have joined.
+template <int D, int Rows>
+__device__ inline void load_keys(char* to, const lattice_rows& from, const CUtensorMap& sinks, int joined,
+                                 hopper::barrier& full, int start, int h, int b) {
+  if (joined == 0) return load_tile<D, Rows>(to, from.tile, full, start, h, b);
+  if (start > 0) return load_tile<D, Rows>(to, from.tile, full, start - sink_rows, h, b);
+  for (int c = 0; c < D; c += hopper::panel_channels) {
+    hopper::load_panel(to + c * Rows * 2, sinks, full, c, joined - sink_rows, h, b);
+    hopper::load_panel(to + c * Rows * 2 + sink_rows * hopper::row_bytes, from.rest, full, c, 0, h, b);
+  }
+}
+
+/// Stores under way, and who waits for the shared memory that they read: a thread that has better things to do than to
+/// wait for them itself.
+struct stores_under_way {
+  hopper::barrier* waiting = nullptr;
+
+  __device__ void finish() {
+    if (waiting == nullptr) return;
+    hopper::wait_stores_read();
+    waiting->arrive();
+    waiting = nullptr;
+  }
+};
+
 /// Stores a warp group's 64 × D fragment, rows scaled by `scale` or zeroed unless `keep`, to rows t0 + 64 group … of
-/// head h, sequence b, by way of its half of `tile`, a tile of 128 rows that it has no more use for. `done` hears of it
-/// when the half may be written again.
+/// head h, sequence b, by way of its half of `tile`, a tile of 128 rows that it has no more use for. `done` is to hear
+/// of it when the half may be written again.
 template <int D>
 __device__ inline void store_rows(const float (&x)[D / 2], const float (&scale)[2], const bool (&keep)[2], char* tile,
-                                  const CUtensorMap& map, hopper::barrier& done, int t0, int T, int h, int b, int group,
-                                  int thread, int barrier_id) {
+                                  const CUtensorMap& map, hopper::barrier& done, stores_under_way& stores, int t0,
+                                  int T, int h, int b, int group, int thread, int barrier_id) {
   using namespace hopper;
   const int lane = thread % 32, row = 64 * group + thread / 32 * 16 + lane % 16;
 #pragma unroll
@@ -230,10 +402,8 @@ __device__ inline void store_rows(const float (&x)[D / 2], const float (&scale)[
       for (int c = 0; c < D; c += panel_channels)
         store_panel(map, tile + c * tile_rows * 2 + 64 * group * row_bytes, c, t, h, b);
     commit_stores();
-    wait_stores_read();
-    done.arrive();
+    stores.waiting = &done;
   }
-  __syncwarp();
 }
 
 }  // namespace ratplus::cuda::detail
