@@ -262,7 +262,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
         fence_async_proxy();
         sync_threads(group_id, group_threads);
         if (thread == 0) {
-          stores.finish();
+          stores.finish(q_empty);
           if (const int t = t0 + 64 * group; t < shape.T)
             for (int c = 0; c < D; c += panel_channels) {
               store_panel(job.dk, k + c * step_rows * 2, c, t, h, b);
@@ -285,7 +285,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
       }
       if (any) {
         multiply_rows();
-        if (thread == 0) stores.finish();
+        if (thread == 0) stores.finish(q_empty);
         wgmma_wait<0>();
         find_gradients();
         round_fragment(s, ds);
@@ -306,14 +306,14 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
         pin(dq);
         release(empty[stage]);
       }
-      if (thread == 0) stores.finish();
+      if (thread == 0) stores.finish(q_empty);
       bool keep[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) keep[half] = accumulate && t0 + row + 8 * half < used;
-      store_rows<D>(dq, {shape.scale, shape.scale}, keep, q, job.dq, q_empty[tile.stage], stores, t0, shape.T, h, b,
-                    group, thread, group_id);
+      store_rows<D>(dq, {shape.scale, shape.scale}, keep, q, job.dq, stores, tile.stage, t0, shape.T, h, b, group,
+                    thread, group_id);
     }
-    if (thread == 0) stores.finish();
+    if (thread == 0) stores.finish(q_empty);
   }
 #endif
 }

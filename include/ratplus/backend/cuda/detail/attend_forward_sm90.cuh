@@ -153,8 +153,6 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
     for (bool more = true; more; tile.advance()) {
       bar.q_full[tile.stage].wait(tile.parity);
       const row_bounds<runs>& rows = bounds[tile.stage];
-      const int b = rows.b, h = rows.h, used = rows.used, t0 = rows.number * tile_rows;
-      more = rows.next < job.tiles.order.count();
       char* const q = base + memory::q + tile.stage * memory::tile;
       const std::uint64_t q_rows = operand(q + 64 * group * row_bytes);
       float out[D / 2], s[64];
@@ -196,9 +194,12 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 #pragma unroll
         for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
       };
-      const auto wait_values = [&](const tile_walk<tile_rows, runs>& walk, int stage, int parity) {
+      // `end`: how many of the tile's keys any row may see.
+      const auto end_of = [&](const tile_walk<tile_rows, runs>& walk) {
+        return rows.at[walk.run][tile_rows - 1].end - walk.start;
+      };
+      const auto wait_values = [&](int end, int stage, int parity) {
         bar.v_full[stage].wait(parity);
-        const int end = rows.at[walk.run][tile_rows - 1].end - walk.start;
         if (end < tile_rows) zero_rows<D, tile_rows>(base + memory::v + stage * memory::tile, end, thread, group_id);
       };
 
@@ -206,7 +207,8 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       const auto begin_with_own = [&] {
         const char *const k = base + memory::k + kv.stage * memory::tile, *const v = k + memory::v - memory::k;
         bar.k_full[kv.stage].wait(kv.parity);
-        multiply_own<D, tile_rows, tile_rows>(q, row, k, row, lane, softmax.max);
+        const int here = computed_here(lane);
+        multiply_own<D, tile_rows, tile_rows>(q, first_row + here / 4, k, first_row + here / 4, here, softmax.max);
         release_after_reads(bar.k_empty[kv.stage]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -218,7 +220,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
 #pragma unroll
         for (int c = 0; c < D / 16; ++c) {
           std::uint32_t pair[4];
-          load_blocks(v + chunk_offset(tile_rows, first_row + lane % 16, 2 * c + lane / 16), pair);
+          load_blocks(v + chunk_offset(tile_rows, first_row + here % 16, 2 * c + here / 16), pair);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             out[8 * c + 2 * j] = widened(pair[j]).x;
@@ -240,7 +242,7 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         float shrink[2];
         bar.k_full[kv.stage].wait(kv.parity);
         multiply_keys(kv.stage);
-        if (thread == 0) stores.finish();
+        if (thread == 0) stores.finish(bar.q_empty);
         wgmma_wait<0>();
         pin(s);
         release(bar.k_empty[kv.stage]);
@@ -248,12 +250,12 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         if (accumulate) shrink_sums(shrink);
         round_fragment(s, p);
         ring_place<stages> values = kv;
-        tile_walk<tile_rows, runs> values_walk = walk;
+        int values_end = end_of(walk);
         for (kv.advance(); walk.next(rows); kv.advance()) {
           bar.k_full[kv.stage].wait(kv.parity);
           sync_threads(turn, 2 * group_threads);
           multiply_keys(kv.stage);
-          wait_values(values_walk, values.stage, values.parity);
+          wait_values(values_end, values.stage, values.parity);
           multiply_values(values.stage, accumulate);
           arrive_threads(other_turn, 2 * group_threads);
           wgmma_wait<1>();
@@ -267,17 +269,19 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           round_fragment(s, p);
           accumulate = true;
           values = kv;
-          values_walk = walk;
+          values_end = end_of(walk);
         }
-        wait_values(values_walk, values.stage, values.parity);
+        wait_values(values_end, values.stage, values.parity);
         multiply_values(values.stage, accumulate);
         wgmma_wait<0>();
         pin(out);
         release(bar.v_empty[values.stage]);
       }
 
-      if (thread == 0) stores.finish();
+      if (thread == 0) stores.finish(bar.q_empty);
       softmax.finish();
+      const int b = rows.b, h = rows.h, used = rows.used, t0 = rows.number * tile_rows;
+      more = rows.next < job.tiles.order.count();
       bool in_use[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -287,10 +291,9 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
           job.lse(b, h, t) = t < used ? softmax.max[half] * shape.scale + logf(softmax.sum[half]) : 0.0f;
       }
       const float inverse[2] = {1.0f / softmax.sum[0], 1.0f / softmax.sum[1]};
-      store_rows<D>(out, inverse, in_use, q, job.out, bar.q_empty[tile.stage], stores, t0, shape.T, h, b, group, thread,
-                    group_id);
+      store_rows<D>(out, inverse, in_use, q, job.out, stores, tile.stage, t0, shape.T, h, b, group, thread, group_id);
     }
-    if (thread == 0) stores.finish();
+    if (thread == 0) stores.finish(bar.q_empty);
   }
 #endif
 }

@@ -286,7 +286,7 @@ __device__ inline void describe_tiles(const tile_queue& queue, const attend_shap
 /// side sees may hold anything (padding, keys that were dropped), and 0 · NaN is NaN.
 template <int D, int Rows>
 __device__ inline void zero_rows(char* tile, int from, int thread, int barrier_id) {
-  for (int i = thread; i < (Rows - from) * (D / 8); i += hopper::group_threads)
+  for (int i = hopper::computed_here(thread); i < (Rows - from) * (D / 8); i += hopper::group_threads)
     *reinterpret_cast<uint4*>(tile + hopper::chunk_offset(Rows, from + i / (D / 8), i % (D / 8))) = uint4{0, 0, 0, 0};
   hopper::fence_async_proxy();
   hopper::sync_threads(barrier_id, hopper::group_threads);
@@ -365,28 +365,29 @@ __device__ inline void load_keys(char* to, const lattice_rows& from, const CUten
   }
 }
 
-/// Stores under way, and who waits for the shared memory that they read: a thread that has better things to do than to
-/// wait for them itself.
+/// The stage of a tile whose results are being stored from its shared memory, so that nobody need wait for it at once.
 struct stores_under_way {
-  hopper::barrier* waiting = nullptr;
+  static constexpr int none = -1;
+  int stage = none;
 
-  __device__ void finish() {
-    if (waiting == nullptr) return;
+  /// Tells those who wait for the stage.
+  __device__ void finish(hopper::barrier (&empty)[2]) {
+    if (stage == none) return;
     hopper::wait_stores_read();
-    waiting->arrive();
-    waiting = nullptr;
+    empty[stage].arrive();
+    stage = none;
   }
 };
 
 /// Stores a warp group's 64 × D fragment, rows scaled by `scale` or zeroed unless `keep`, to rows t0 + 64 group … of
-/// head h, sequence b, by way of its half of `tile`, a tile of 128 rows that it has no more use for. `done` is to hear
-/// of it when the half may be written again.
+/// head h, sequence b, by way of its half of `tile`, a tile of 128 rows that it has no more use for. The tile's
+/// stage is then under way.
 template <int D>
 __device__ inline void store_rows(const float (&x)[D / 2], const float (&scale)[2], const bool (&keep)[2], char* tile,
-                                  const CUtensorMap& map, hopper::barrier& done, stores_under_way& stores, int t0,
-                                  int T, int h, int b, int group, int thread, int barrier_id) {
+                                  const CUtensorMap& map, stores_under_way& stores, int stage, int t0, int T, int h,
+                                  int b, int group, int thread, int barrier_id) {
   using namespace hopper;
-  const int lane = thread % 32, row = 64 * group + thread / 32 * 16 + lane % 16;
+  const int here = computed_here(thread), lane = here % 32, row = 64 * group + here / 32 * 16 + lane % 16;
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
     std::uint32_t word[4];
@@ -402,7 +403,7 @@ __device__ inline void store_rows(const float (&x)[D / 2], const float (&scale)[
       for (int c = 0; c < D; c += panel_channels)
         store_panel(map, tile + c * tile_rows * 2 + 64 * group * row_bytes, c, t, h, b);
     commit_stores();
-    stores.waiting = &done;
+    stores.stage = stage;
   }
 }
 

@@ -168,6 +168,13 @@ __device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_gro
 /// Makes this thread's ordinary writes to shared memory visible to the copy engine and to wgmma.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+/// x, unknown to the compiler: what is computed from it is computed where it is used, and not once before a long loop
+/// to be kept in registers that the loop then lacks.
+[[nodiscard]] __device__ inline int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// A barrier among `threads` threads of the block; ids 1…15, 0 is __syncthreads.
 __device__ inline void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
