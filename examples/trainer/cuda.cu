@@ -7,6 +7,7 @@ namespace trainer {
 
 int run_on_cuda(const device_options& device, const command& what) {
   ratplus::cuda::context ctx;
+  ctx.deterministic = true;  // a resumed run is the same run
   if (device.precision == precision_kind::float32) return run_command<float>(ctx, what);
   return run_command<ratplus::bfloat16>(ctx, what);
 }

@@ -4,6 +4,8 @@
 #include "ratplus/backend/cuda/matmul.cuh"
 #include "ratplus/backend/cuda/memory.cuh"
 #include "ratplus/backend/cuda/norm.cuh"
+#include "ratplus/backend/cuda/scan.cuh"
+#include "ratplus/recurrence/gated_average.hpp"
 #include "support/array.hpp"
 #include "support/catch.hpp"
 #include "support/compare.hpp"
@@ -58,4 +60,32 @@ TEST_CASE("scratch memory grows between operations that use it") {
   std::vector<unsigned> back(10000, 1);
   ratplus::download(ctx, ratplus::as_view(counters, 10000), back.data());
   CHECK(back == std::vector<unsigned>(10000, 0));
+}
+
+TEST_CASE("a deterministic scan has the same bits in every run") {
+  rc::context ctx;
+  ctx.deterministic = true;
+  constexpr index_t T = 6000, H = 2, d = 64;
+  const auto filled = [&](unsigned seed) {
+    std::vector<float> host(T * H * d);
+    for (float& x : host) x = static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f;
+    auto there = ratplus::make_tensor<float, rc::space>(1, T, H, d);
+    ratplus::upload(ctx, static_cast<const float*>(host.data()), there.as(T * H * d));
+    return there;
+  };
+  const auto k = filled(1), v = filled(2), gate = filled(3);
+  const auto run = [&] {
+    auto k_out = ratplus::make_tensor<float, rc::space>(1, T, H, d);
+    auto v_out = ratplus::make_tensor<float, rc::space>(1, T, H, d);
+    ratplus::scan_forward_args<float> p;
+    p.k = k.view().swap(1, 2), p.v = v.view().swap(1, 2), p.gate = gate.view().swap(1, 2);
+    p.k_out = k_out.view().swap(1, 2), p.v_out = v_out.view().swap(1, 2);
+    ratplus::scan_forward(ctx, ratplus::gated_average{}, p);
+    std::vector<float> back(2 * T * H * d);
+    ratplus::download(ctx, std::as_const(k_out).as(T * H * d), back.data());
+    ratplus::download(ctx, std::as_const(v_out).as(T * H * d), back.data() + T * H * d);
+    return back;
+  };
+  const auto first = run();
+  for (int i = 0; i < 10; ++i) CHECK(run() == first);
 }

@@ -134,8 +134,9 @@ class context {
   [[nodiscard]] const cudaDeviceProp& properties() const { return properties_; }
   [[nodiscard]] int multiprocessors() const { return properties_.multiProcessorCount; }
 
-  /// Same inputs, same bits, in every run. Off by default: the attention backward's sums may then be ordered by chance;
-  /// everything else always keeps its order.
+  /// Same inputs, same bits, in every run. Off by default: a scan's tiles then compose whatever is there of the tiles
+  /// before them, which rounds differently from run to run, instead of waiting for the last. Everything else always
+  /// keeps its order.
   bool deterministic = false;
 
   /// Kernels launched (and library products started) so far.

@@ -358,6 +358,7 @@ struct tile_elements {
   word* words = nullptr;       // (tiles − 1, columns, words of a column)
   unsigned* ticket = nullptr;  // begins with all bits set
   index_t stride = 0;          // words of one tile of all columns
+  bool in_order = false;       // every tile waits for the one before it
 
   /// Tile number `tile` in the order of work, word `at` of all columns'.
   __device__ void publish(index_t tile, index_t at, affine<float> e) const {
@@ -375,10 +376,18 @@ struct tile_elements {
   static __device__ bool constant(word seen) { return seen >> 32 == 0; }
 
   /// The composition of the tiles before number `tile` at word `at`, latest first, until it is constant or reaches the
-  /// first tile, whose published map is constant.
+  /// first tile, whose published map is constant. In order, it waits for the tile before alone: which tiles are
+  /// composed otherwise depends on which are done, and roundings with it.
   __device__ affine<float> look_back(index_t tile, index_t at) const { return look_back(tile, at, peek(tile - 1, at)); }
   /// The same after a first look at tile − 1.
   __device__ affine<float> look_back(index_t tile, index_t at, word first) const {
+    if (in_order) {
+      while (!constant(first)) {
+        __nanosleep(40);
+        first = peek(tile - 1, at);
+      }
+      return {0.0f, __uint_as_float(static_cast<unsigned>(first))};
+    }
     constexpr int window = 4;
     auto past = affine<float>::identity();
     for (index_t last = tile - 1; last >= 0; last -= window) {
@@ -419,6 +428,7 @@ __device__ inline index_t take_ticket(unsigned* counter) {
 inline tile_elements make_elements(context& ctx, index_t tiles, index_t columns, index_t words_per_column) {
   tile_elements e;
   e.stride = columns * words_per_column;
+  e.in_order = ctx.deterministic;
   const std::size_t bytes = static_cast<std::size_t>((tiles - 1) * e.stride) * sizeof(tile_elements::word) + 256;
   auto* block = static_cast<char*>(ctx.scratch(bytes));
   check(cudaMemsetAsync(block, 0xff, bytes, ctx.stream()), "scan");
