@@ -6,9 +6,10 @@
 //
 // with queries as lanes (detail/query_tile.hpp says why). The backward pass recomputes P from lse, stretch by stretch.
 // A query or two alone (decoding) would leave most lanes empty: there scores are dot products along the rows of keys,
-// and long runs are cut into splits whose partial softmaxes are combined. Memory is one tile per thread; the gradients
-// of keys and values are summed in the order of the query tiles.
+// and long runs are cut into splits whose partial softmaxes are combined. Memory is a few tiles per thread; the
+// gradients of keys and values are summed in the order of the query tiles.
 
+#include <array>
 #include <cmath>
 
 #include "ratplus/backend/cpu/context.hpp"
@@ -49,26 +50,31 @@ void gather(const KV* x, index_t stride, index_t rows, index_t d, float* to) {
     for_each_pack(d, [&](index_t c, auto lanes) { store(to + i * padded(d) + c, load(x + i * stride + c, lanes)); });
 }
 
+/// Tiles of queries that share gathered keys and values: gathering them for one tile takes a fifth of its time.
+inline constexpr index_t shared_tiles = 4;
+
+/// Keys and values of a run from element `begin` on, gathered into rows of padded(d).
+struct gathered_rows {
+  const float *k, *v;
+  index_t begin;
+};
+
 /// A tile of queries under way: the state of the online softmax of every lane.
 struct forward_tile {
   index_t d, packs;
   float *q, *o;                // (d, tile_queries)
   float* scores;               // (tile_keys, tile_queries)
-  float *k, *v;                // (tile_keys, padded(d)), gathered
   float *max, *sum, *rescale;  // (tile_queries)
 
-  [[nodiscard]] static index_t floats(index_t d) {
-    return tile_queries * (2 * d + tile_keys + 3) + 2 * tile_keys * padded(d);
-  }
+  [[nodiscard]] static index_t floats(index_t d) { return tile_queries * (2 * d + tile_keys + 3); }
 
+  forward_tile() = default;
   forward_tile(index_t head_size, index_t queries, float* memory)
       : d(head_size), packs((queries + pack_width - 1) / pack_width) {
     const auto take = [&](index_t n) { return std::exchange(memory, memory + n); };
     q = take(d * tile_queries);
     o = take(d * tile_queries);
     scores = take(tile_keys * tile_queries);
-    k = take(tile_keys * padded(d));
-    v = take(tile_keys * padded(d));
     max = take(tile_queries);
     sum = take(tile_queries);
     rescale = take(tile_queries);
@@ -77,21 +83,18 @@ struct forward_tile {
     std::fill_n(sum, tile_queries, 0.0f);
   }
 
-  template <class KV>
-  void visit(const lane_bounds& bounds, const key_rows<KV>& rows, const key_stretch& s) {
-    const index_t n = s.keys(), skip = s.begin - rows.begin, lane = s.first_pack * pack_width;
-    gather(rows.k + skip * rows.k_stride, rows.k_stride, n, d, k);
-    gather(rows.v + skip * rows.v_stride, rows.v_stride, n, d, v);
-    product<a_layout::rows>(n, s.packs(), d, k, padded(d), q + lane, tile_queries, scores + lane, tile_queries,
-                            from_zero{});
+  void visit(const lane_bounds& bounds, const gathered_rows& rows, const key_stretch& s) {
+    const index_t n = s.keys(), skip = (s.begin - rows.begin) * padded(d), lane = s.first_pack * pack_width;
+    product<a_layout::rows>(n, s.packs(), d, rows.k + skip, padded(d), q + lane, tile_queries, scores + lane,
+                            tile_queries, from_zero{});
     for (index_t i = s.first_pack; i < s.last_pack; ++i) {
       if (s.masked)
         soften(i, n, [&](index_t j) RATPLUS_INLINE_LAMBDA { return bounds.sees(i, s.begin + j); });
       else
         soften(i, n, [](index_t) RATPLUS_INLINE_LAMBDA { return everything{}; });
     }
-    product<a_layout::columns>(d, s.packs(), n, v, padded(d), scores + lane, tile_queries, o + lane, tile_queries,
-                               from_scaled_c{rescale + lane});
+    product<a_layout::columns>(d, s.packs(), n, rows.v + skip, padded(d), scores + lane, tile_queries, o + lane,
+                               tile_queries, from_scaled_c{rescale + lane});
   }
 
  private:
@@ -122,27 +125,48 @@ struct forward_tile {
   }
 };
 
-/// Queries [t0, t0 + n) of one head.
+/// Queries [t0, t0 + n) of one head, n ≤ shared_tiles · tile_queries.
 template <Pattern P, class KV>
-void attend_tile(const P& pattern, const attend_forward_args<float, KV>& p, index_t b, index_t h, index_t t0, index_t n,
-                 float* scratch) {
+void attend_tiles(const P& pattern, const attend_forward_args<float, KV>& p, index_t b, index_t h, index_t t0,
+                  index_t n, float* scratch) {
   const index_t d = p.q.extent(3), first = p.past ? p.spans.first[b] : 0, position = first + t0;
-  forward_tile tile(d, n, scratch);
-  transpose_in(p.q.row(b, h, t0), p.q.stride(2), n, d, log2_e / std::sqrt(static_cast<float>(d)), tile.q);
-  lane_bounds bounds;
+  float *const k = scratch, *const v = k + tile_keys * padded(d);
+  std::array<forward_tile, shared_tiles> tiles;
+  std::array<lane_bounds, shared_tiles> bounds;
+  const auto for_each_tile = [&](auto&& f) {
+    for (index_t i = 0; i * tile_queries < n; ++i)
+      f(tiles[static_cast<std::size_t>(i)], bounds[static_cast<std::size_t>(i)], i * tile_queries,
+        std::min(tile_queries, n - i * tile_queries));
+  };
+  for_each_tile([&](forward_tile& tile, lane_bounds&, index_t at, index_t queries) {
+    tile = forward_tile(d, queries, v + tile_keys * padded(d) + at / tile_queries * forward_tile::floats(d));
+    transpose_in(p.q.row(b, h, t0 + at), p.q.stride(2), queries, d, log2_e / std::sqrt(static_cast<float>(d)), tile.q);
+  });
   for (int r = 0; r < key_runs::count; ++r) {
     const key_run run = tile_run(pattern, r, position, position + n - 1);
     if (run.empty()) continue;
-    bounds.set(pattern, r, position, n, run);
+    for_each_tile([&](forward_tile&, lane_bounds& lanes, index_t at, index_t queries) {
+      lanes.set(pattern, r, position + at, queries, run);
+    });
     for_each_part(p, b, h, first, run, [&](const auto& rows) {
-      bounds.for_each_stretch(tile.packs, rows.begin, rows.end, tile_keys,
-                              [&](const key_stretch& stretch) { tile.visit(bounds, rows, stretch); });
+      for (index_t j = rows.begin; j < rows.end; j += tile_keys) {
+        const index_t end = std::min(rows.end, j + tile_keys), skip = j - rows.begin;
+        gather(rows.k + skip * rows.k_stride, rows.k_stride, end - j, d, k);
+        gather(rows.v + skip * rows.v_stride, rows.v_stride, end - j, d, v);
+        for_each_tile([&](forward_tile& tile, const lane_bounds& lanes, index_t, index_t) {
+          lanes.for_each_stretch(tile.packs, j, end, tile_keys, [&](const key_stretch& stretch) {
+            tile.visit(lanes, {k, v, j}, stretch);
+          });
+        });
+      }
     });
   }
-  if (p.lse)
-    for (index_t q = 0; q < n; ++q) p.lse(b, h, t0 + q) = tile.max[q] * ln_2 + std::log(tile.sum[q]);
-  for (index_t q = 0; q < tile_queries; ++q) tile.rescale[q] = 1.0f / tile.sum[q];
-  transpose_out(tile.o, n, d, tile.rescale, p.out.row(b, h, t0), p.out.stride(2));
+  for_each_tile([&](forward_tile& tile, const lane_bounds&, index_t at, index_t queries) {
+    if (p.lse)
+      for (index_t q = 0; q < queries; ++q) p.lse(b, h, t0 + at + q) = tile.max[q] * ln_2 + std::log(tile.sum[q]);
+    for (index_t q = 0; q < tile_queries; ++q) tile.rescale[q] = 1.0f / tile.sum[q];
+    transpose_out(tile.o, queries, d, tile.rescale, p.out.row(b, h, t0 + at), p.out.stride(2));
+  });
 }
 
 /// Rows of floats that lie somewhere.
@@ -401,15 +425,16 @@ void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args
   const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
   constexpr index_t few = 2;
   if (T <= few) return attend_few(ctx, pattern, p);
-  const index_t tiles = (T + tile_queries - 1) / tile_queries;
-  const index_t work = tile_queries * d * T;
-  ctx.parallel_for(B * H * tiles, work, forward_tile::floats(d), [&](index_t item, float* scratch) {
-    // The last tiles see the most keys: first come, first served.
-    const index_t tile = tiles - 1 - item / (B * H), b = item % (B * H) / H, h = item % H;
-    const index_t t0 = tile * tile_queries, t1 = std::min(T, t0 + tile_queries);
+  constexpr index_t queries = shared_tiles * tile_queries;
+  const index_t groups = (T + queries - 1) / queries;
+  const index_t floats = 2 * tile_keys * padded(d) + shared_tiles * forward_tile::floats(d);
+  ctx.parallel_for(B * H * groups, queries * d * T, floats, [&](index_t item, float* scratch) {
+    // The last queries see the most keys: first come, first served.
+    const index_t group = groups - 1 - item / (B * H), b = item % (B * H) / H, h = item % H;
+    const index_t t0 = group * queries, t1 = std::min(T, t0 + queries);
     const index_t used = std::clamp(reference::rows_in_use(p.spans, b, T), t0, t1);
     if (used > t0)
-      visit_head(pattern, h, H, [&](const auto& one) { attend_tile(one, p, b, h, t0, used - t0, scratch); });
+      visit_head(pattern, h, H, [&](const auto& one) { attend_tiles(one, p, b, h, t0, used - t0, scratch); });
     zero_rows(p.out, b, h, used, t1);
     if (p.lse)
       for (index_t t = used; t < t1; ++t) p.lse(b, h, t) = 0.0f;
