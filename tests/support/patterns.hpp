@@ -30,9 +30,7 @@ struct numbers {
   [[nodiscard]] ratplus::any_sparse pattern() const {
     return {dilation > 0 ? std::optional<index_t>(dilation) : std::nullopt, window, sinks};
   }
-  [[nodiscard]] std::string text() const {
-    return ratplus::message("D", dilation, " W", window, " S", sinks);
-  }
+  [[nodiscard]] std::string text() const { return ratplus::message("D", dilation, " W", window, " S", sinks); }
 };
 
 /// For every head the same.
