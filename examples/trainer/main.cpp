@@ -12,9 +12,10 @@ namespace trainer {
 namespace {
 
 int run(const command_line& line) {
-  if (line.device.kind != device_kind::cuda) return run_on_cpu(line.device, line.what);
+  const auto& [device, what] = line;
+  if (device.kind != device_kind::cuda) return run_on_cpu(device, what);
 #if defined(RATPLUS_TRAINER_CUDA)
-  return run_on_cuda(line.device, line.what);
+  return run_on_cuda(device, what);
 #else
   throw ratplus::value_error("--device: this program was built without CUDA; configure with -DRATPLUS_CUDA=ON");
 #endif
