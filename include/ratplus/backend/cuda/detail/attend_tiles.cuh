@@ -17,6 +17,9 @@ namespace ratplus::cuda::detail {
 /// Rows of a tile: two groups of 64.
 inline constexpr int tile_rows = 128;
 
+/// Rows of the side that the backward kernels walk, per step.
+inline constexpr int step_rows = 64;
+
 /// Tiles of `heads` (all sequences' heads in a row), `together` heads at a time so that the rows they share stay in L2,
 /// and within those the heaviest first, so that the last ones to finish are light.
 struct tile_order {
