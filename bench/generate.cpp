@@ -7,10 +7,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <random>
 #include <vector>
 
 #include "machine.hpp"
+#include "models.hpp"
 #include "ratplus/ratplus.hpp"
 
 using namespace ratplus;
@@ -19,28 +19,17 @@ namespace {
 
 constexpr index_t context_length = 16384;
 
-model_config config_of(index_t d, index_t layers, index_t heads) {
-  return {.vocab_size = 256,
-          .d_model = d,
-          .num_heads = heads,
-          .num_layers = layers,
-          .d_ffn = 4 * d,
-          .max_seq_len = context_length + 1024};
-}
+constexpr index_t vocabulary = 256;
 
-std::vector<token_t> random_tokens(index_t n) {
-  std::mt19937 engine(11);
-  std::uniform_int_distribution<token_t> any(0, 255);
-  std::vector<token_t> ids(static_cast<std::size_t>(n));
-  for (token_t& id : ids) id = any(engine);
-  return ids;
+model_config config_of(index_t d, index_t layers, index_t heads) {
+  return bench::model_of(vocabulary, d, layers, heads, context_length + 1024);
 }
 
 void check() {
   cpu::context cpu;
   language_model<gated_average> model(cpu, config_of(32, 2, 2));
   model.initialise(cpu, 3);
-  const auto ids = random_tokens(60);
+  const auto ids = bench::random_tokens(60, vocabulary, 11);
   const auto tokens = as_view(ids.data(), 1, 60);
   const dilated_local<8, 5> pattern;
   const auto full = model.forward(cpu, pattern, tokens);
@@ -65,7 +54,7 @@ void decode(benchmark::State& state, const any_sparse& pattern, index_t batch) {
   const model_config& c = model.config();
   model.initialise(cpu, 1);
   kv_cache<KV> cache(cpu, c, pattern, batch, context_length + 1024);
-  const auto ids = random_tokens(batch * context_length);
+  const auto ids = bench::random_tokens(batch * context_length, vocabulary, 11);
   const auto tokens = as_view(ids.data(), batch, context_length);
   tensor<float, 2> logits(batch, c.vocab_size);
   for (index_t begin = 0; begin < context_length; begin += 512)

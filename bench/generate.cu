@@ -10,9 +10,9 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 
 #include "device.cuh"
+#include "models.hpp"
 #include "ratplus/model/generate.hpp"
 #include "ratplus/pattern/parse.hpp"
 #include "ratplus/recurrence/gated_average.hpp"
@@ -25,21 +25,10 @@ using namespace ratplus;
 using model_t = language_model<gated_average, bfloat16, ratplus::cuda::space>;
 using cache_t = kv_cache<bfloat16, ratplus::cuda::space>;
 
-model_config config_of(index_t d, index_t layers, index_t heads, index_t positions) {
-  return {.vocab_size = 32000,
-          .d_model = d,
-          .num_heads = heads,
-          .num_layers = layers,
-          .d_ffn = 4 * d,
-          .max_seq_len = positions};
-}
+constexpr index_t vocabulary = 32000;
 
-std::vector<token_t> random_tokens(index_t n) {
-  std::mt19937 engine(11);
-  std::uniform_int_distribution<token_t> any(0, 31999);
-  std::vector<token_t> ids(static_cast<std::size_t>(n));
-  for (token_t& id : ids) id = any(engine);
-  return ids;
+model_config config_of(index_t d, index_t layers, index_t heads, index_t positions) {
+  return model_of(vocabulary, d, layers, heads, positions);
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -49,7 +38,7 @@ double check(device_context& ctx, const any_sparse& pattern) {
   constexpr index_t T = 700, prefilled = 690;
   model_t model(ctx, config_of(256, 2, 2, T));
   model.initialise(ctx, 3);
-  const auto ids = random_tokens(T);
+  const auto ids = random_tokens(T, vocabulary, 11);
   const auto tokens = as_view(ids.data(), 1, T);
   const auto full = on_host(ctx, model.forward(ctx, pattern, tokens));
   cache_t cache(ctx, model.config(), pattern, 1, T);
@@ -73,7 +62,7 @@ void measure_decoding(device_context& ctx, model_t& model, const any_sparse& pat
   constexpr index_t context = 4000;
   constexpr int steps = 50;
   cache_t cache(ctx, model.config(), pattern, B, context + steps + 10);
-  const auto ids = random_tokens(B * context);
+  const auto ids = random_tokens(B * context, vocabulary, 11);
   const auto prompt = as_view(ids.data(), B, context);
   device_tensor<float, 2> logits(B, model.config().vocab_size);
   for (index_t t = 0; t < context; t += 500)
@@ -114,7 +103,7 @@ void measure_decoding(device_context& ctx, model_t& model, const any_sparse& pat
 
 void measure_prefill(device_context& ctx, model_t& model, const any_sparse& pattern, index_t T, index_t piece) {
   cache_t cache(ctx, model.config(), pattern, 1, T);
-  const auto ids = random_tokens(T);
+  const auto ids = random_tokens(T, vocabulary, 11);
   const auto prompt = as_view(ids.data(), 1, T);
   device_tensor<float, 2> logits(1, model.config().vocab_size);
   ctx.synchronize();

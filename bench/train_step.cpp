@@ -10,10 +10,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <random>
 #include <vector>
 
 #include "machine.hpp"
+#include "models.hpp"
 #include "ratplus/ratplus.hpp"
 
 using namespace ratplus;
@@ -27,22 +27,7 @@ struct size {
 constexpr size sizes[] = {{"demo", 128, 4, 4, 256, 16}, {"mid", 512, 8, 8, 1024, 4}};
 constexpr index_t vocabulary = 256;
 
-model_config config_of(const size& s) {
-  return {.vocab_size = vocabulary,
-          .d_model = s.d,
-          .num_heads = s.heads,
-          .num_layers = s.layers,
-          .d_ffn = 4 * s.d,
-          .max_seq_len = s.T};
-}
-
-std::vector<token_t> random_tokens(index_t n, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::uniform_int_distribution<token_t> any(0, vocabulary - 1);
-  std::vector<token_t> ids(static_cast<std::size_t>(n));
-  for (token_t& id : ids) id = any(engine);
-  return ids;
-}
+model_config config_of(const size& s) { return bench::model_of(vocabulary, s.d, s.layers, s.heads, s.T); }
 
 /// Multiply-adds × 2 of one iteration: three products per weight and token (forward, two gradients), attention forward
 /// (4) and backward (10) per channel and visited key; sparse and dense half.
@@ -55,7 +40,7 @@ double flops_of_iteration(const size& s) {
 
 void check() {
   const size small{"check", 32, 2, 2, 48, 2};
-  const auto tokens = random_tokens(96, 1), labels = random_tokens(96, 2);
+  const auto tokens = bench::random_tokens(96, vocabulary, 1), labels = bench::random_tokens(96, vocabulary, 2);
   const token_batch batch{as_view(tokens.data(), 2, 48), as_view(labels.data(), 2, 48)};
   cpu::context cpu;
   reference::context reference;
@@ -83,7 +68,8 @@ void joint_iteration(benchmark::State& state, const size& s, int threads) {
   language_model<gated_average> model(cpu, config_of(s));
   model.initialise(cpu, 1);
   training trainer(cpu, model);
-  const auto tokens = random_tokens(s.batch * s.T, 4), labels = random_tokens(s.batch * s.T, 5);
+  const auto tokens = bench::random_tokens(s.batch * s.T, vocabulary, 4),
+             labels = bench::random_tokens(s.batch * s.T, vocabulary, 5);
   const token_batch batch{as_view(tokens.data(), s.batch, s.T), as_view(labels.data(), s.batch, s.T)};
   for (auto _ : state) benchmark::DoNotOptimize(trainer.joint_step(cpu, dilated<16>{}, std::span(&batch, 1), 1e-3));
   rusage usage{};

@@ -10,9 +10,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 
 #include "device.cuh"
+#include "models.hpp"
 #include "ratplus/model/language_model.hpp"
 #include "ratplus/pattern/facts.hpp"
 #include "ratplus/recurrence/gated_average.hpp"
@@ -30,28 +30,14 @@ struct size {
 constexpr size sizes[] = {{"124M", 768, 12, 6, 32}, {"1.5B", 2048, 24, 16, 8}};
 constexpr index_t length = 4096, vocabulary = 32000;
 
-model_config config_of(const size& s, index_t T) {
-  return {.vocab_size = vocabulary,
-          .d_model = s.d,
-          .num_heads = s.heads,
-          .num_layers = s.layers,
-          .d_ffn = 4 * s.d,
-          .max_seq_len = T};
-}
-
-std::vector<token_t> random_tokens(index_t n, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::uniform_int_distribution<token_t> any(0, vocabulary - 1);
-  std::vector<token_t> ids(static_cast<std::size_t>(n));
-  for (token_t& id : ids) id = any(engine);
-  return ids;
-}
+model_config config_of(const size& s, index_t T) { return model_of(vocabulary, s.d, s.layers, s.heads, T); }
 
 /// ‖g − g32‖ / ‖g32‖ of a small model's gradients, products in bfloat16 and in float32.
 double check(device_context& ctx) {
   const size small{"check", 128, 2, 2, 2};
   const index_t T = 256;
-  const auto tokens = random_tokens(small.batch * T, 1), labels = random_tokens(small.batch * T, 2);
+  const auto tokens = random_tokens(small.batch * T, vocabulary, 1),
+             labels = random_tokens(small.batch * T, vocabulary, 2);
   const token_batch batch{as_view(tokens.data(), small.batch, T), as_view(labels.data(), small.batch, T)};
   const auto run = [&](auto type) {
     language_model<gated_average, decltype(type), ratplus::cuda::space> model(ctx, config_of(small, T));
@@ -99,7 +85,8 @@ void measure(device_context& ctx, const size& s, index_t batch, double rate) {
   language_model<gated_average, bfloat16, ratplus::cuda::space> model(ctx, config_of(s, length));
   initialise(ctx, model);
   training trainer(ctx, model);
-  const auto tokens = random_tokens(batch * length, 4), labels = random_tokens(batch * length, 5);
+  const auto tokens = random_tokens(batch * length, vocabulary, 4),
+             labels = random_tokens(batch * length, vocabulary, 5);
   const token_batch text{as_view(tokens.data(), batch, length), as_view(labels.data(), batch, length)};
   double loss = 0;
   // Median of five steps, each waited for, after two.
