@@ -9,6 +9,7 @@
 #include "ratplus/backend/cuda/attend.cuh"
 #include "ratplus/backend/cuda/cache.cuh"
 #include "ratplus/backend/cuda/context.cuh"
+#include "ratplus/backend/cuda/core.cuh"
 #include "ratplus/backend/cuda/embed.cuh"
 #include "ratplus/backend/cuda/gate.cuh"
 #include "ratplus/backend/cuda/gelu.cuh"

@@ -105,7 +105,7 @@ class kv_cache {
 
   /// What the mixer of a layer reads and writes. `length` (B), in the cache's space, or absent.
   template <class T>
-  [[nodiscard]] mixer_memory<T, KV> memory(index_t layer_index, view<const token_t, 1> length) {
+  [[nodiscard]] core_memory<T, KV> memory(index_t layer_index, view<const token_t, 1> length) {
     layer& one = layers_[static_cast<std::size_t>(layer_index)];
     return {one.k_pool,  one.v_pool,  std::as_const(one.heads_there),       one.heads.data(),
             one.k_state, one.v_state, {std::as_const(first_there_), length}};

@@ -6,11 +6,9 @@
 
 #include "ratplus/nn/parameters.hpp"
 #include "ratplus/nn/residual.hpp"
-#include "ratplus/ops/attend.hpp"
-#include "ratplus/ops/gate.hpp"
+#include "ratplus/ops/core.hpp"
 #include "ratplus/ops/matmul.hpp"
 #include "ratplus/ops/norm.hpp"
-#include "ratplus/ops/scan.hpp"
 
 namespace ratplus {
 
@@ -68,63 +66,32 @@ template <class T>
   return projection_slices<T>::as_heads(x, c, s);
 }
 
-/// What a mixer reads of earlier positions and leaves for later ones; absent in training.
-template <class T, class KV>
-struct mixer_memory {
-  using A = accumulator_t<T>;
-  view<KV, 3> k_pool = {}, v_pool = {};    // (B, slots, d_h)
-  view<const head_slots, 1> heads = {};    // (H)
-  const head_slots* heads_here = nullptr;  // (H), in host memory
-  view<A, 3> k_state = {}, v_state = {};   // (B, H, d_h)
-  sequence_spans spans = {};               // first given
-
-  explicit operator bool() const { return static_cast<bool>(heads); }
-};
-
 /// x (N, d) → y (N, d), the residual stream; `scratch` (N, d) is overwritten. y may be x.
 template <Context Ctx, Cell C, HeadPattern P, class T, class KV>
 void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config& c, batch_shape s,
                    const mixer_weights<const T>& w, view<const accumulator_t<T>, 2> rope,
-                   view<const accumulator_t<T>, 2> x, const mixer_memory<T, KV>& memory,
+                   view<const accumulator_t<T>, 2> x, const core_memory<T, KV>& memory,
                    mixer_tape<T, typename Ctx::space>& tape, view<T, 2> scratch, view<accumulator_t<T>, 2> y) {
   using A = accumulator_t<T>;
   rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = scratch, .rstd = tape.rstd});
   matmul(ctx, matmul_args<T>{.a = scratch, .b = w.in_proj, .c = tape.projected, .transpose_b = true});
   const projection_slices<T> in(tape.projected, c, s, C::gated);
 
-  const view<T, 4> keys = as_heads(tape.keys.view(), c, s);
-  const view<T, 4> values = IdentityCell<C> ? in.v : as_heads(tape.values.view(), c, s);
-  scan_forward_args<T> scan{
-      .q = in.q, .k = in.k, .gate = in.gate, .q_out = in.q, .k_out = keys, .rope = rope, .spans = memory.spans};
-  if constexpr (!IdentityCell<C>) {
-    scan.v = in.v;
-    scan.v_out = values;
-    if (memory) {
-      scan.k_first = memory.k_state;
-      scan.v_first = memory.v_state;
-      scan.k_last = memory.k_state;
-      scan.v_last = memory.v_state;
-    }
-  }
-  scan_forward(ctx, cell, scan);
-
-  attend_forward_args<T, KV> attend{.q = in.q,
-                                    .k = keys,
-                                    .v = values,
-                                    .out = as_heads(tape.attended.view(), c, s),
-                                    .lse = tape.lse,
-                                    .spans = memory.spans};
-  if (memory) attend.past = {memory.k_pool, memory.v_pool, memory.heads, memory.heads_here};
-  attend_forward(ctx, pattern, attend);
-  if (memory)
-    cache_append(ctx, cache_append_args<T, KV>{.k = keys,
-                                               .v = values,
-                                               .k_pool = memory.k_pool,
-                                               .v_pool = memory.v_pool,
-                                               .heads = memory.heads,
-                                               .spans = memory.spans});
-
-  gate_forward<Ctx, T>(ctx, tape.attended, in.out_gate, scratch);
+  core_forward(ctx, cell, pattern,
+               core_forward_args<T, KV>{
+                   .q = in.q,
+                   .k = in.k,
+                   .v = in.v,
+                   .gate = in.gate,
+                   .out_gate = in.out_gate,
+                   .rope = rope,
+                   .k_scanned = as_heads(tape.keys.view(), c, s),
+                   .v_scanned = IdentityCell<C> ? in.v : as_heads(tape.values.view(), c, s),
+                   .attended = tape.attended,
+                   .lse = tape.lse,
+                   .y = scratch,
+                   .memory = memory,
+               });
   matmul(ctx, matmul_args<T, A>{.a = scratch, .b = w.out_proj, .c = y, .addend = x, .transpose_b = true});
 }
 

@@ -34,12 +34,28 @@ struct more_probable {
   }
 };
 
+/// f(i, key) for i = first, first + stride, … below end, with several logits on their way at once.
+template <class T, class F>
+__device__ void for_each_key(const T* z, index_t first, index_t end, index_t stride, F&& f) {
+  constexpr int ahead = 8;
+  for (index_t i0 = first; i0 < end; i0 += ahead * stride) {
+    T logit[ahead];
+#pragma unroll
+    for (int u = 0; u < ahead; ++u)
+      if (i0 + u * stride < end) logit[u] = z[i0 + u * stride];
+#pragma unroll
+    for (int u = 0; u < ahead; ++u)
+      if (i0 + u * stride < end) f(i0 + u * stride, key_of(to_float(logit[u])));
+  }
+}
+
 /// The most probable token of a row, the lowest id among equals, in every thread.
 template <class T>
 __device__ candidate most_probable(const T* z, index_t V) {
   candidate best{0, static_cast<token_t>(V - 1)};
-  for (index_t i = threadIdx.x; i < V; i += sample_threads)
-    best = more_probable{}(candidate{key_of(to_float(z[i])), static_cast<token_t>(i)}, best);
+  for_each_key(z, threadIdx.x, V, sample_threads, [&](index_t i, unsigned key) {
+    best = more_probable{}(candidate{key, static_cast<token_t>(i)}, best);
+  });
   using reduce = cub::BlockReduce<candidate, sample_threads>;
   __shared__ typename reduce::TempStorage storage;
   __shared__ candidate shared;
@@ -51,6 +67,7 @@ __device__ candidate most_probable(const T* z, index_t V) {
 
 template <class T>
 __global__ void __launch_bounds__(sample_threads) greedy_kernel(sample_args<T> p) {
+  wait_for_previous();
   const index_t b = blockIdx.x;
   const candidate best = most_probable(p.logits.row(b), p.logits.extent(1));
   if (threadIdx.x == 0) p.token[b] = best.id;
@@ -63,16 +80,17 @@ struct threshold {
 };
 
 /// The fewest most probable of the tokens within `outer` whose measures add up to `limit`, which lies between 1 and the
-/// sum of all. The measure is a function of the key.
-template <class T, class Measure>
-__device__ __noinline__ threshold select(const T* z, index_t V, const threshold& outer, weight_t limit,
+/// sum of all. The measure is a function of the key; Sum holds sums of it. Logits crowd into few bins: sums of 32 bits,
+/// which are enough for counting, are far quicker there.
+template <class Sum, class T, class Measure>
+__device__ __noinline__ threshold select(const T* z, index_t V, const threshold& outer, Sum limit,
                                          const Measure& measure) {
   constexpr int digit_bits = 11, bins = 1 << digit_bits;
   static_assert(bins == 2 * sample_threads);
-  using scan = cub::BlockScan<weight_t, sample_threads>;
+  using scan = cub::BlockScan<Sum, sample_threads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename scan::TempStorage storage;
-  __shared__ weight_t histogram[bins];
-  __shared__ weight_t limit_within;
+  __shared__ Sum histogram[bins];
+  __shared__ Sum limit_within;
   __shared__ unsigned digit;
   unsigned prefix = 0;
   for (int shift = 21, high = 32; high > 0; high = shift, shift = shift > digit_bits ? shift - digit_bits : 0) {
@@ -80,17 +98,16 @@ __device__ __noinline__ threshold select(const T* z, index_t V, const threshold&
     const auto within = [&](unsigned key) { return high == 32 || key >> high == prefix >> high; };
     histogram[threadIdx.x] = histogram[threadIdx.x + sample_threads] = 0;
     __syncthreads();
-    for (index_t i = threadIdx.x; i < V; i += sample_threads) {
-      const unsigned key = key_of(to_float(z[i]));
+    for_each_key(z, threadIdx.x, V, sample_threads, [&](index_t, unsigned key) {
       if (key > outer.key && within(key)) atomicAdd(&histogram[bin_of(key)], measure(key));
-    }
+    });
     if (threadIdx.x == 0 && outer.equal > 0 && within(outer.key))
-      atomicAdd(&histogram[bin_of(outer.key)], outer.equal * measure(outer.key));
+      atomicAdd(&histogram[bin_of(outer.key)], static_cast<Sum>(outer.equal) * measure(outer.key));
     __syncthreads();
     // A thread has two bins, the first threads the highest.
     const int upper = bins - 1 - 2 * static_cast<int>(threadIdx.x);
-    const weight_t a = histogram[upper], b = histogram[upper - 1];
-    weight_t before = 0;
+    const Sum a = histogram[upper], b = histogram[upper - 1];
+    Sum before = 0;
     scan(storage).ExclusiveSum(a + b, before);
     if (before < limit && limit <= before + a + b) {
       const bool first = limit <= before + a;
@@ -129,11 +146,10 @@ struct share_sums {
   __device__ void fill(const T* z, index_t V, unsigned key, const Weight& weight) {
     const warp_share share(V);
     weight_t sum = 0, equal = 0;
-    for (index_t i = share.begin + threadIdx.x % 32; i < share.end; i += 32) {
-      const unsigned k = key_of(to_float(z[i]));
+    for_each_key(z, share.begin + threadIdx.x % 32, share.end, 32, [&](index_t, unsigned k) {
       if (k > key) sum += weight(k);
       equal += k == key;
-    }
+    });
     sum = warp_total(sum);
     equal = warp_total(equal);
     __syncthreads();  // whoever read the sums before is done
@@ -151,26 +167,32 @@ struct share_sums {
   }
 };
 
+/// e^((z − greatest) / temperature), 1 in 40 bits. Not inlined: a step's kernels run once and wait for every
+/// instruction of theirs to be fetched.
+struct probability {
+  double greatest, temperature;
+
+  __device__ __noinline__ weight_t operator()(unsigned key) const {
+    const double share = exp((static_cast<double>(logit_of(key)) - greatest) / temperature);
+    return static_cast<weight_t>(__double2ll_rn(share * 0x1p40));
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(sample_threads) sample_kernel(sample_args<T> p, sampling how) {
+  wait_for_previous();
   __shared__ share_sums sums;
   const index_t b = blockIdx.x, V = p.logits.extent(1);
   const T* z = p.logits.row(b);
-  const auto greatest = static_cast<double>(logit_of(most_probable(z, V).key));
-  const auto weight = [&](unsigned key) {
-    const double share = exp((static_cast<double>(logit_of(key)) - greatest) / how.temperature);
-    return static_cast<weight_t>(__double2ll_rn(share * 0x1p40));
-  };
-  bool counting = true;
-  const auto measure = [&](unsigned key) { return counting ? weight_t{1} : weight(key); };
+  const probability weight{static_cast<double>(logit_of(most_probable(z, V).key)), how.temperature};
   threshold kept;
-  if (how.top_k > 0 && how.top_k < V) kept = select(z, V, kept, static_cast<weight_t>(how.top_k), measure);
-  counting = false;
+  if (how.top_k > 0 && how.top_k < V)
+    kept = select(z, V, kept, static_cast<unsigned>(how.top_k), [](unsigned) { return 1u; });
   sums.fill(z, V, kept.key, weight);
   if (how.top_p < 1) {
     const weight_t total = sums.total(kept.equal, weight(kept.key));
     const auto share = static_cast<weight_t>(ceil(how.top_p * static_cast<double>(total)));
-    kept = select(z, V, kept, share < 1 ? 1 : share < total ? share : total, measure);
+    kept = select(z, V, kept, share < 1 ? weight_t{1} : share < total ? share : total, weight);
     sums.fill(z, V, kept.key, weight);
   }
 
@@ -195,6 +217,8 @@ __global__ void __launch_bounds__(sample_threads) sample_kernel(sample_args<T> p
     const unsigned equals = __ballot_sync(~0u, i < share.end && key == kept.key);
     const weight_t rank = equal + static_cast<weight_t>(__popc(equals & ((1u << lane_id) - 1)));
     const bool keep = i < share.end && (key > kept.key || (key == kept.key && rank < kept.equal));
+    equal += static_cast<weight_t>(__popc(equals));
+    if (!__any_sync(~0u, keep)) continue;
     weight_t sum = keep ? weight(key) : 0;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -207,7 +231,6 @@ __global__ void __launch_bounds__(sample_threads) sample_kernel(sample_args<T> p
       return;
     }
     before += __shfl_sync(~0u, sum, 31);
-    equal += static_cast<weight_t>(__popc(equals));
   }
 }
 
@@ -217,9 +240,9 @@ template <class T>
 void sample_on(context& ctx, const sample_args<T>& p, const sampling& how) {
   const dim3 grid(static_cast<unsigned>(p.logits.extent(0))), block(detail::sample_threads);
   if (how.temperature == 0)
-    detail::launch(ctx, "sample", detail::greedy_kernel<T>, grid, block, 0, p);
+    detail::launch_overlapped(ctx, "sample", detail::greedy_kernel<T>, grid, block, p);
   else
-    detail::launch(ctx, "sample", detail::sample_kernel<T>, grid, block, 0, p, how);
+    detail::launch_overlapped(ctx, "sample", detail::sample_kernel<T>, grid, block, p, how);
 }
 
 }  // namespace ratplus::cuda

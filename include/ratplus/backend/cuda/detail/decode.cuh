@@ -9,6 +9,8 @@
 // keys are far apart (anchors of a denser cache) and the wrap of the window's ring are segments with a stride; nothing
 // is gathered. Any number of rows is correct, but rows of a sequence share no reads: beyond a few, use a tiled kernel.
 
+#include <algorithm>
+
 #include "ratplus/backend/cuda/context.cuh"
 #include "ratplus/backend/cuda/detail/heads.cuh"
 #include "ratplus/backend/cuda/detail/vector.cuh"
@@ -66,6 +68,7 @@ __device__ void find_segments(const Heads& heads, const attend_forward_args<T, K
     head = p.past.heads[h];
     slots = head.where.find(clip(runs[r], 0, first));
   }
+#pragma unroll 1
   for (int part = 0; part < 2; ++part) {
     const slot_run& run = slots.part[part];
     key_segment<KV>& segment = found.past[2 * r + part];
@@ -151,30 +154,23 @@ __device__ void visit_keys(const key_segment<S>& segment, index_t from, index_t 
 
 /// Partial results of `splits` blocks a row: (rows, splits, D + 2), the sum and the maximum behind the D channels.
 struct decode_partials {
+  static constexpr int most_splits = 256;
   float* partial;
   unsigned* arrived;  // one for each row, zero
   int splits;
 };
 
-template <class L, class Heads, class T, class KV>
-__global__ void __launch_bounds__(decode_threads)
-    decode_kernel(Heads heads, attend_forward_args<T, KV> p, decode_partials parts) {
-  wait_for_previous();
+/// This block's share of row t of head h, sequence b: split blockIdx.x. f(c, x) is called with every channel of the
+/// result by the block that finishes the row, one thread for each channel; true in that block.
+template <class L, class Heads, class T, class KV, class F>
+__device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
+                           const decode_partials& parts, F&& f) {
   constexpr int D = L::size;
   const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
-  const index_t t = blockIdx.y % rows, h = blockIdx.y / rows, b = blockIdx.z;
-  T* out = p.out.row(b, h, t);
-  if (p.spans.length && t >= p.spans.length[b]) {  // padding; every block of this row comes here
-    if (blockIdx.x == 0) {
-      for (index_t c = threadIdx.x; c < d; c += decode_threads) out[c] = from_float<T>(0.0f);
-      if (p.lse && threadIdx.x == 0) p.lse(b, h, t) = 0;
-    }
-    return;
-  }
-  __shared__ row_segments<T, KV> segments;
-  if (threadIdx.x < key_runs::count) find_segments(heads, p, b, h, t, static_cast<int>(threadIdx.x), segments);
-
   const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
+  __shared__ row_segments<T, KV> segments;
+  if (warp == decode_warps - 1 && lane_id < key_runs::count) find_segments(heads, p, b, h, t, lane_id, segments);
+
   const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
   float q[L::channels];
 #pragma unroll
@@ -196,7 +192,10 @@ __global__ void __launch_bounds__(decode_threads)
     for (; next < chunks; next += workers) visit_keys<L>(segment, next * chunk, d, q, state);
     next -= chunks;
   };
+  // One copy of the code each: a step's kernels run once and wait for every instruction of theirs to be fetched.
+#pragma unroll 1
   for (int i = 0; i < 2 * key_runs::count; ++i) walk(segments.past[i]);
+#pragma unroll 1
   for (int i = 0; i < key_runs::count; ++i) walk(segments.fresh[i]);
 
     // The lanes that hold the same channels of other keys, then the warps.
@@ -222,24 +221,17 @@ __global__ void __launch_bounds__(decode_threads)
     }
   }
   __syncthreads();
-  // Joins n partial results for channel c and gives (maximum, sum, weighted values).
-  const auto join = [](int n, const auto& max_of, const auto& sum_of, const auto& out_of) {
-    partial_softmax<1> joined;
-    for (int i = 0; i < n; ++i) joined.join(max_of(i), sum_of(i), {out_of(i)});
-    return joined;
-  };
-  const auto finish = [&](index_t c, const partial_softmax<1>& joined) {
-    if (c < d) out[c] = from_float<T>(joined.out[0] / joined.sum);
-    if (p.lse && c == 0) p.lse(b, h, t) = (joined.max + log2f(joined.sum)) / log2_of_e;
+  const auto finish = [&](index_t c, float max, float sum, float out) {
+    if (c < d) f(c, out / sum);
+    if (p.lse && c == 0) p.lse(b, h, t) = (max + log2f(sum)) / log2_of_e;
   };
   const index_t row = (b * H + h) * rows + t;
   float* partial = parts.partial + row * parts.splits * (D + 2);
   for (int c = threadIdx.x; c < D; c += decode_threads) {
-    const auto joined = join(
-        decode_warps, [&](int w) { return maxima[w]; }, [&](int w) { return sums[w]; },
-        [&](int w) { return outs[w][c]; });
+    partial_softmax<1> joined;
+    for (int w = 0; w < decode_warps; ++w) joined.join(maxima[w], sums[w], {outs[w][c]});
     if (parts.splits == 1) {
-      finish(c, joined);
+      finish(c, joined.max, joined.sum, joined.out[0]);
     } else {
       float* mine = partial + blockIdx.x * (D + 2);
       mine[c] = joined.out[0];
@@ -249,57 +241,124 @@ __global__ void __launch_bounds__(decode_threads)
       }
     }
   }
-  if (parts.splits == 1) return;
+  if (parts.splits == 1) return true;
   __shared__ bool last;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(parts.arrived + row, 1u) + 1 == static_cast<unsigned>(parts.splits);
   __syncthreads();
-  if (!last) return;
+  if (!last) return false;
   __threadfence();
-  for (int c = threadIdx.x; c < D; c += decode_threads)
-    finish(c, join(
-                  parts.splits, [&](int i) { return __ldcg(partial + i * (D + 2) + D + 1); },
-                  [&](int i) { return __ldcg(partial + i * (D + 2) + D); },
-                  [&](int i) { return __ldcg(partial + i * (D + 2) + c); }));
-  if (threadIdx.x == 0) parts.arrived[row] = 0;
+  __shared__ float factors[decode_partials::most_splits], top, total;
+  if (warp == 0) {
+    constexpr int each = decode_partials::most_splits / 32;
+    float max[each], sum[each], greatest = -1e30f, all = 0;
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const int split = i * 32 + lane_id;
+      max[i] = split < parts.splits ? __ldcg(partial + split * (D + 2) + D + 1) : -1e30f;
+      sum[i] = split < parts.splits ? __ldcg(partial + split * (D + 2) + D) : 0.0f;
+      greatest = fmaxf(greatest, max[i]);
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, offset));
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const float factor = fast_exp2(max[i] - greatest);
+      factors[i * 32 + lane_id] = factor;
+      all += factor * sum[i];
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) all += __shfl_xor_sync(~0u, all, offset);
+    if (lane_id == 0) {
+      top = greatest;
+      total = all;
+      parts.arrived[row] = 0;
+    }
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < D; c += decode_threads) {
+    float out = 0;
+#pragma unroll 8
+    for (int i = 0; i < parts.splits; ++i) out += factors[i] * __ldcg(partial + i * (D + 2) + c);
+    finish(c, top, total, out);
+  }
+  return true;
 }
 
-/// `slots`: the most that one head has in the pool.
 template <class L, class Heads, class T, class KV>
-void launch_decode(context& ctx, const Heads& heads, const attend_forward_args<T, KV>& p, index_t slots) {
-  const index_t B = p.q.extent(0), H = p.q.extent(1), n = p.q.extent(2), rows = B * H * n;
-  if (H * n > 65535 || B > 65535)
-    throw shape_error(
-        message("attend: decoding takes at most 65535 heads times rows and sequences, got ", H, " × ", n, " and ", B));
-  // Enough blocks for several waves of the card, but at least two chunks for each of their warps.
-  const index_t useful = ceil_div(slots + n, index_t{2} * L::keys * L::batch * decode_warps);
-  const index_t wanted = index_t{16} * ctx.multiprocessors() / rows;
-  const index_t splits = wanted < useful ? wanted : useful;
-  decode_partials parts{nullptr, nullptr, static_cast<int>(splits > 1 ? splits : 1)};
-  if (parts.splits > 1) {
-    parts.partial =
-        static_cast<float*>(ctx.scratch(static_cast<std::size_t>(rows * parts.splits * (L::size + 2)) * sizeof(float)));
-    parts.arrived = ctx.counters(static_cast<std::size_t>(rows));
+__global__ void __launch_bounds__(decode_threads)
+    decode_kernel(Heads heads, attend_forward_args<T, KV> p, decode_partials parts) {
+  wait_for_previous();
+  const index_t rows = p.q.extent(2), d = p.q.extent(3), t = blockIdx.y % rows, h = blockIdx.y / rows, b = blockIdx.z;
+  T* out = p.out.row(b, h, t);
+  if (p.spans.length && t >= p.spans.length[b]) {  // padding; every block of this row comes here
+    if (blockIdx.x == 0) {
+      for (index_t c = threadIdx.x; c < d; c += decode_threads) out[c] = from_float<T>(0.0f);
+      if (p.lse && threadIdx.x == 0) p.lse(b, h, t) = 0;
+    }
+    return;
   }
-  const dim3 grid(static_cast<unsigned>(parts.splits), static_cast<unsigned>(H * n), static_cast<unsigned>(B));
-  launch_overlapped(ctx, "attend: decode", decode_kernel<L, Heads, T, KV>, grid, dim3(decode_threads), heads, p, parts);
+  decode_row<L>(heads, p, b, h, t, parts, [&](index_t c, float x) { out[c] = from_float<T>(x); });
+}
+
+/// Blocks for `rows` rows of each of H heads of B sequences, and what they share their results in. `slots`: the most
+/// keys that one head has in the pool.
+template <class L>
+struct decode_grid {
+  dim3 blocks;
+  decode_partials parts;
+
+  decode_grid(context& ctx, index_t B, index_t H, index_t rows, index_t slots) {
+    const index_t all = B * H * rows;
+    if (H * rows > 65535 || B > 65535)
+      throw shape_error(message("attend: decoding takes at most 65535 heads times rows and sequences, got ", H, " × ",
+                                rows, " and ", B));
+    // Enough blocks for several waves of the card, but at least a chunk for each of their warps.
+    const index_t useful = ceil_div(slots + rows, index_t{1} * L::keys * L::batch * decode_warps);
+    const index_t wanted = index_t{16} * ctx.multiprocessors() / all;
+    const index_t splits = std::clamp<index_t>(std::min(wanted, useful), 1, decode_partials::most_splits);
+    parts = {nullptr, nullptr, static_cast<int>(splits)};
+    if (splits > 1) {
+      parts.partial =
+          static_cast<float*>(ctx.scratch(static_cast<std::size_t>(all * splits * (L::size + 2)) * sizeof(float)));
+      parts.arrived = ctx.counters(static_cast<std::size_t>(all));
+    }
+    blocks = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(H * rows), static_cast<unsigned>(B));
+  }
+};
+
+/// f(layout) with the layout for heads of d channels; `wide`: whether their rows may be read 16 bytes at a time.
+template <class KV, class F>
+void with_decode_layout(index_t d, bool wide, F&& f) {
+  if (d > 256) throw cuda_error(message("attend: head size ", d, " is not supported on CUDA, at most 256 is"));
+  constexpr int V = widest<KV>;
+  if (!wide) return f(decode_layout<256, 1>{});
+  if (d <= 32) return f(decode_layout<32, V>{});
+  if (d <= 64) return f(decode_layout<64, V>{});
+  if (d <= 128) return f(decode_layout<128, V>{});
+  return f(decode_layout<256, V>{});
+}
+
+/// The most slots that one head has in a pool of `slots`.
+template <class P>
+[[nodiscard]] index_t slots_of_a_head(const P& pattern, index_t slots, index_t H) {
+  return slots / (head_groups(pattern) == 1 ? H : 1);
 }
 
 /// attend_forward for calls of few rows (a decoding step and the like), with a past or without. Head sizes up to 256.
 template <class P, class T, class KV>
 void attend_decode(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
-  const index_t d = p.q.extent(3);
-  if (d > 256) throw cuda_error(message("attend: head size ", d, " is not supported on CUDA, at most 256 is"));
-  const auto heads = on_device(pattern, p.q.extent(1));
+  const index_t B = p.q.extent(0), H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
   constexpr int V = widest<KV>;
   const bool wide = d % V == 0 && aligned(p.k, V) && aligned(p.v, V) && aligned(p.past.k, V) && aligned(p.past.v, V);
-  const index_t slots = p.past.k.extent(1) / (head_groups(pattern) == 1 ? p.q.extent(1) : 1);
-  if (!wide) return launch_decode<decode_layout<256, 1>>(ctx, heads, p, slots);
-  if (d <= 32) return launch_decode<decode_layout<32, V>>(ctx, heads, p, slots);
-  if (d <= 64) return launch_decode<decode_layout<64, V>>(ctx, heads, p, slots);
-  if (d <= 128) return launch_decode<decode_layout<128, V>>(ctx, heads, p, slots);
-  return launch_decode<decode_layout<256, V>>(ctx, heads, p, slots);
+  const auto heads = on_device(pattern, H);
+  with_decode_layout<KV>(d, wide, [&](auto layout) {
+    using L = decltype(layout);
+    const decode_grid<L> grid(ctx, B, H, rows, slots_of_a_head(pattern, p.past.k.extent(1), H));
+    launch_overlapped(ctx, "attend: decode", decode_kernel<L, decltype(heads), T, KV>, grid.blocks,
+                      dim3(decode_threads), heads, p, grid.parts);
+  });
 }
 
 }  // namespace ratplus::cuda::detail

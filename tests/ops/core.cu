@@ -1,0 +1,2 @@
+// ops/core.cpp on CUDA: the same cases.
+#include "core.cpp"
