@@ -17,6 +17,7 @@
 #include "ratplus/backend/cuda/matmul.cuh"
 #include "ratplus/backend/cuda/memory.cuh"
 #include "ratplus/backend/cuda/norm.cuh"
+#include "ratplus/backend/cuda/norm_matmul.cuh"
 #include "ratplus/backend/cuda/sample.cuh"
 #include "ratplus/backend/cuda/scan.cuh"
 #include "ratplus/backend/cuda/step.cuh"

@@ -68,6 +68,8 @@ TEMPLATE_TEST_CASE("matmul: every size, transposition and addend", "", RATPLUS_T
     for (const index_t K : {8, 200, 2048, 2056, 4104})
       for (const plus what : {plus::nothing, plus::itself})
         check_product<T>(backend, M, 19, K, false, true, what, layout::packed);
+  check_product<T>(backend, 8, 2501, 256, false, true, plus::other, layout::packed);
+  check_product<T>(backend, 7, 40, 8192, false, true, plus::nothing, layout::packed);
 }
 
 TEMPLATE_TEST_CASE("matmul: an empty sum is zero, or the addend", "", RATPLUS_TEST_BACKENDS) {

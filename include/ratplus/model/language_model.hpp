@@ -356,8 +356,7 @@ class language_model {
   template <Context Ctx>
   void head(Ctx& ctx, view<const A, 2> x, view<T, 2> normed, view<A, 2> logits) {
     const model_weights<const T> all = weights();
-    rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = all.norm, .y = normed, .rstd = {}});
-    matmul(ctx, matmul_args<T, A>{.a = normed, .b = all.head, .c = logits, .transpose_b = true});
+    norm_matmul(ctx, norm_matmul_args<T, A>{.x = x, .norm = all.norm, .b = all.head, .normed = normed, .c = logits});
   }
 
   /// The loss of the last stream; with `dw` also w.dstream and the head's weight gradients. Logits exist for a chunk of

@@ -3,9 +3,7 @@
 
 #include "ratplus/nn/parameters.hpp"
 #include "ratplus/nn/residual.hpp"
-#include "ratplus/ops/gelu.hpp"
-#include "ratplus/ops/matmul.hpp"
-#include "ratplus/ops/norm.hpp"
+#include "ratplus/ops/norm_matmul.hpp"
 
 namespace ratplus {
 
@@ -24,10 +22,15 @@ void feed_forward_forward(Ctx& ctx, const feed_forward_weights<const T>& w, view
                           feed_forward_tape<T, typename Ctx::space>& tape, view<T, 2> normed, view<T, 2> activated,
                           view<accumulator_t<T>, 2> y) {
   using A = accumulator_t<T>;
-  rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = normed, .rstd = tape.rstd});
-  matmul(ctx, matmul_args<T>{.a = normed, .b = w.fc1, .c = tape.hidden, .transpose_b = true});
-  gelu_forward<Ctx, T>(ctx, tape.hidden, activated);
-  matmul(ctx, matmul_args<T, A>{.a = activated, .b = w.fc2, .c = y, .addend = x, .transpose_b = true});
+  norm_matmul(ctx, norm_matmul_args<T>{.x = x,
+                                       .norm = w.norm,
+                                       .b = w.fc1,
+                                       .normed = normed,
+                                       .rstd = tape.rstd,
+                                       .c = tape.hidden,
+                                       .activated = activated});
+  matmul(ctx, matmul_args<T, A>{
+                  .a = activated, .b = w.fc2, .c = y, .addend = x, .transpose_b = true, .b_is_parameter = true});
 }
 
 /// `dy` (N, d) is the gradient of y on entry and of x on return. Weight gradients are added to `dw`; normed, dnormed

@@ -7,8 +7,7 @@
 #include "ratplus/nn/parameters.hpp"
 #include "ratplus/nn/residual.hpp"
 #include "ratplus/ops/core.hpp"
-#include "ratplus/ops/matmul.hpp"
-#include "ratplus/ops/norm.hpp"
+#include "ratplus/ops/norm_matmul.hpp"
 
 namespace ratplus {
 
@@ -73,8 +72,9 @@ void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config
                    view<const accumulator_t<T>, 2> x, const core_memory<T, KV>& memory,
                    mixer_tape<T, typename Ctx::space>& tape, view<T, 2> scratch, view<accumulator_t<T>, 2> y) {
   using A = accumulator_t<T>;
-  rms_norm_forward(ctx, rms_norm_forward_args<T>{.x = x, .weight = w.norm, .y = scratch, .rstd = tape.rstd});
-  matmul(ctx, matmul_args<T>{.a = scratch, .b = w.in_proj, .c = tape.projected, .transpose_b = true});
+  norm_matmul(ctx,
+              norm_matmul_args<T>{
+                  .x = x, .norm = w.norm, .b = w.in_proj, .normed = scratch, .rstd = tape.rstd, .c = tape.projected});
   const projection_slices<T> in(tape.projected, c, s, C::gated);
 
   core_forward(ctx, cell, pattern,
@@ -92,7 +92,8 @@ void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config
                    .y = scratch,
                    .memory = memory,
                });
-  matmul(ctx, matmul_args<T, A>{.a = scratch, .b = w.out_proj, .c = y, .addend = x, .transpose_b = true});
+  matmul(ctx, matmul_args<T, A>{
+                  .a = scratch, .b = w.out_proj, .c = y, .addend = x, .transpose_b = true, .b_is_parameter = true});
 }
 
 /// `dy` (N, d) is the gradient of y on entry and of x on return. Weight gradients are added to `dw`. dprojected is like

@@ -15,6 +15,7 @@ struct matmul_args {
   view<const TC, 2> addend = {};  // (M, N), absent: none; may be c itself: accumulate
   bool transpose_a = false;
   bool transpose_b = false;
+  bool b_is_parameter = false;  // b was not written by the operation just before this one: it may be read early
 };
 
 /// `c` must not overlap `a` or `b`. Throws shape_error when the extents do not fit.

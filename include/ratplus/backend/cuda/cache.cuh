@@ -56,7 +56,7 @@ void cache_append_on(context& ctx, const cache_append_args<T, KV>& p) {
   const index_t rows = p.k.extent(0) * p.k.extent(1) * p.k.extent(2);
   detail::launch_overlapped(
       ctx, "cache append", wide ? detail::cache_append_kernel<V, T, KV> : detail::cache_append_kernel<1, T, KV>,
-      dim3(static_cast<unsigned>(detail::ceil_div(rows, detail::row_threads / 32))), dim3(detail::row_threads), p);
+      dim3(static_cast<unsigned>(detail::ceil_div(rows, detail::row_threads / 32))), dim3(detail::row_threads), 0, p);
 }
 
 }  // namespace ratplus::cuda

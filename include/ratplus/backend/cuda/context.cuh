@@ -196,23 +196,30 @@ class context {
 
 namespace detail {
 
+/// Lets the kernel have `shared` bytes of dynamic shared memory.
+template <class... Params>
+void allow_shared(void (*kernel)(Params...), const char* what, std::size_t shared) {
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), what);
+}
+
 /// Queues kernel<<<grid, block, shared>>>(args…) and counts it; `what` opens the message when the device refuses.
 template <class... Params, class... Args>
 void launch(context& ctx, const char* what, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared,
             const Args&... args) {
-  if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), what);
+  allow_shared(kernel, what, shared);
   kernel<<<grid, block, shared, ctx.stream()>>>(args...);
   check(cudaGetLastError(), what);
   ctx.count_launch();
 }
 
 /// The first statement of a kernel that launch_overlapped starts: it may begin while the kernel before it still runs,
-/// and waits here until that one's results are there. The kernel after it may begin, too.
+/// and waits here until that one's results are there. Then the kernel after it may begin, too: what it reads before its
+/// own wait must be older than this kernel.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
@@ -220,13 +227,15 @@ __device__ inline void wait_for_previous() {
 /// short kernels of a decoded token that is a good part of the time.
 template <class... Params, class... Args>
 void launch_overlapped(context& ctx, const char* what, void (*kernel)(Params...), dim3 grid, dim3 block,
-                       const Args&... args) {
+                       std::size_t shared, const Args&... args) {
+  allow_shared(kernel, what, shared);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared;
   config.stream = ctx.stream();
   config.attrs = &early;
   config.numAttrs = ctx.properties().major >= 9 ? 1 : 0;

@@ -27,11 +27,12 @@ struct step_row {
   uninitialised<T, D> q, k, v;
   float k_state[D], v_state[D];
 
+  /// By every warp of a block but the last.
   template <class C, class KV>
   __device__ void fill(const C& cell, const core_forward_args<T, KV>& p, index_t b, index_t h, index_t position) {
     const index_t d = p.q.extent(3), half = (d + 1) / 2;
     const core_memory<T, KV>& memory = p.memory;
-    for (index_t c = threadIdx.x; c < half; c += decode_threads) {
+    for (index_t c = threadIdx.x; c < half; c += decode_threads - 32) {
       const index_t channel[2] = {c, c + half};
       const int count = c + half < d ? 2 : 1;
       float query[2] = {}, key[2] = {}, value[2] = {}, gate[2] = {}, key_state[2] = {}, value_state[2] = {};
@@ -87,8 +88,6 @@ __global__ void __launch_bounds__(decode_threads)
   }
   __shared__ step_row<T, L::size> row;
   const index_t position = memory.spans.first[b];
-  row.fill(cell, p, b, h, position);
-  __syncthreads();
 
   const auto everywhere = [&](const T* x) { return view<const T, 4>(x, p.q.shape(), {{0, 0, 0, 1}}); };
   const attend_forward_args<T, KV> attend{.q = everywhere(row.q),
@@ -96,7 +95,8 @@ __global__ void __launch_bounds__(decode_threads)
                                           .v = everywhere(row.v),
                                           .past = {memory.k_pool, memory.v_pool, memory.heads, nullptr},
                                           .spans = memory.spans};
-  const bool finished = decode_row<L>(heads, attend, b, h, 0, parts, [&](index_t c, float x) {
+  const auto recur = [&] { row.fill(cell, p, b, h, position); };
+  const bool finished = decode_row<L>(heads, attend, b, h, 0, parts, recur, [&](index_t c, float x) {
     y[c] = from_float<T>(to_float(from_float<T>(x)) * fast_sigmoid(to_float(gate[c])));
   });
   if (!finished) return;
@@ -130,7 +130,7 @@ void core_step_on(context& ctx, const C& cell, const P& pattern, const core_forw
     using L = decltype(layout);
     const detail::decode_grid<L> grid(ctx, B, H, 1, detail::slots_of_a_head(pattern, p.memory.k_pool.extent(1), H));
     detail::launch_overlapped(ctx, "core", detail::core_step_kernel<L, C, decltype(heads), T, KV>, grid.blocks,
-                              dim3(detail::decode_threads), cell, heads, p, grid.parts);
+                              dim3(detail::decode_threads), 0, cell, heads, p, grid.parts);
   });
 }
 

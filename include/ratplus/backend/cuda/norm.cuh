@@ -109,7 +109,7 @@ void rms_norm_forward_on(context& ctx, const rms_norm_forward_args<T>& p) {
       p.x.extent(1) % V == 0 && detail::aligned(p.x, V) && detail::aligned(p.y, V) && detail::aligned(p.weight, V);
   detail::launch_overlapped(ctx, "rms_norm",
                             wide ? detail::rms_norm_forward_kernel<V, T> : detail::rms_norm_forward_kernel<1, T>,
-                            dim3(static_cast<unsigned>(p.x.extent(0))), dim3(detail::row_threads), p);
+                            dim3(static_cast<unsigned>(p.x.extent(0))), dim3(detail::row_threads), 0, p);
 }
 
 template <class T>

@@ -36,9 +36,9 @@ struct more_probable {
 
 /// f(i, key) for i = first, first + stride, … below end, with several logits on their way at once.
 template <class T, class F>
-__device__ void for_each_key(const T* z, index_t first, index_t end, index_t stride, F&& f) {
+__device__ void for_each_key(const T* z, int first, int end, int stride, F&& f) {
   constexpr int ahead = 8;
-  for (index_t i0 = first; i0 < end; i0 += ahead * stride) {
+  for (int i0 = first; i0 < end; i0 += ahead * stride) {
     T logit[ahead];
 #pragma unroll
     for (int u = 0; u < ahead; ++u)
@@ -51,9 +51,9 @@ __device__ void for_each_key(const T* z, index_t first, index_t end, index_t str
 
 /// The most probable token of a row, the lowest id among equals, in every thread.
 template <class T>
-__device__ candidate most_probable(const T* z, index_t V) {
+__device__ candidate most_probable(const T* z, int V) {
   candidate best{0, static_cast<token_t>(V - 1)};
-  for_each_key(z, threadIdx.x, V, sample_threads, [&](index_t i, unsigned key) {
+  for_each_key(z, static_cast<int>(threadIdx.x), V, sample_threads, [&](int i, unsigned key) {
     best = more_probable{}(candidate{key, static_cast<token_t>(i)}, best);
   });
   using reduce = cub::BlockReduce<candidate, sample_threads>;
@@ -65,11 +65,24 @@ __device__ candidate most_probable(const T* z, index_t V) {
   return shared;
 }
 
+/// The greatest key of a row, in every thread.
+template <class T>
+__device__ unsigned greatest_key(const T* z, int V) {
+  __shared__ unsigned of_warp[sample_warps];
+  unsigned greatest = 0;
+  for_each_key(z, static_cast<int>(threadIdx.x), V, sample_threads,
+               [&](int, unsigned key) { greatest = key > greatest ? key : greatest; });
+  greatest = __reduce_max_sync(~0u, greatest);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = greatest;
+  __syncthreads();
+  return __reduce_max_sync(~0u, of_warp[threadIdx.x % 32]);
+}
+
 template <class T>
 __global__ void __launch_bounds__(sample_threads) greedy_kernel(sample_args<T> p) {
   wait_for_previous();
   const index_t b = blockIdx.x;
-  const candidate best = most_probable(p.logits.row(b), p.logits.extent(1));
+  const candidate best = most_probable(p.logits.row(b), static_cast<int>(p.logits.extent(1)));
   if (threadIdx.x == 0) p.token[b] = best.id;
 }
 
@@ -83,8 +96,7 @@ struct threshold {
 /// sum of all. The measure is a function of the key; Sum holds sums of it. Logits crowd into few bins: sums of 32 bits,
 /// which are enough for counting, are far quicker there.
 template <class Sum, class T, class Measure>
-__device__ __noinline__ threshold select(const T* z, index_t V, const threshold& outer, Sum limit,
-                                         const Measure& measure) {
+__device__ __noinline__ threshold select(const T* z, int V, const threshold& outer, Sum limit, const Measure& measure) {
   constexpr int digit_bits = 11, bins = 1 << digit_bits;
   static_assert(bins == 2 * sample_threads);
   using scan = cub::BlockScan<Sum, sample_threads, cub::BLOCK_SCAN_WARP_SCANS>;
@@ -98,7 +110,7 @@ __device__ __noinline__ threshold select(const T* z, index_t V, const threshold&
     const auto within = [&](unsigned key) { return high == 32 || key >> high == prefix >> high; };
     histogram[threadIdx.x] = histogram[threadIdx.x + sample_threads] = 0;
     __syncthreads();
-    for_each_key(z, threadIdx.x, V, sample_threads, [&](index_t, unsigned key) {
+    for_each_key(z, static_cast<int>(threadIdx.x), V, sample_threads, [&](int, unsigned key) {
       if (key > outer.key && within(key)) atomicAdd(&histogram[bin_of(key)], measure(key));
     });
     if (threadIdx.x == 0 && outer.equal > 0 && within(outer.key))
@@ -123,9 +135,10 @@ __device__ __noinline__ threshold select(const T* z, index_t V, const threshold&
 
 /// One warp's share of a row: neighbours.
 struct warp_share {
-  index_t begin, end;
-  __device__ warp_share(index_t V) {
-    const index_t each = ceil_div(V, index_t{32} * sample_warps) * 32, from = threadIdx.x / 32 * each;
+  int begin, end;
+  __device__ warp_share(int V) {
+    constexpr int round = 32 * sample_warps;
+    const int each = (V + round - 1) / round * 32, from = static_cast<int>(threadIdx.x) / 32 * each;
     begin = from < V ? from : V;
     end = from + each < V ? from + each : V;
   }
@@ -143,10 +156,10 @@ struct share_sums {
   weight_t above[sample_warps], at[sample_warps];
 
   template <class T, class Weight>
-  __device__ void fill(const T* z, index_t V, unsigned key, const Weight& weight) {
+  __device__ void fill(const T* z, int V, unsigned key, const Weight& weight) {
     const warp_share share(V);
     weight_t sum = 0, equal = 0;
-    for_each_key(z, share.begin + threadIdx.x % 32, share.end, 32, [&](index_t, unsigned k) {
+    for_each_key(z, share.begin + static_cast<int>(threadIdx.x) % 32, share.end, 32, [&](int, unsigned k) {
       if (k > key) sum += weight(k);
       equal += k == key;
     });
@@ -182,9 +195,10 @@ template <class T>
 __global__ void __launch_bounds__(sample_threads) sample_kernel(sample_args<T> p, sampling how) {
   wait_for_previous();
   __shared__ share_sums sums;
-  const index_t b = blockIdx.x, V = p.logits.extent(1);
+  const index_t b = blockIdx.x;
+  const auto V = static_cast<int>(p.logits.extent(1));
   const T* z = p.logits.row(b);
-  const probability weight{static_cast<double>(logit_of(most_probable(z, V).key)), how.temperature};
+  const probability weight{static_cast<double>(logit_of(greatest_key(z, V))), how.temperature};
   threshold kept;
   if (how.top_k > 0 && how.top_k < V)
     kept = select(z, V, kept, static_cast<unsigned>(how.top_k), [](unsigned) { return 1u; });
@@ -211,8 +225,8 @@ __global__ void __launch_bounds__(sample_threads) sample_kernel(sample_args<T> p
   if (target < before || target >= before + here) return;
   const warp_share share(V);
   const unsigned lane_id = threadIdx.x % 32;
-  for (index_t i0 = share.begin; i0 < share.end; i0 += 32) {
-    const index_t i = i0 + lane_id;
+  for (int i0 = share.begin; i0 < share.end; i0 += 32) {
+    const int i = i0 + static_cast<int>(lane_id);
     const unsigned key = i < share.end ? key_of(to_float(z[i])) : 0;
     const unsigned equals = __ballot_sync(~0u, i < share.end && key == kept.key);
     const weight_t rank = equal + static_cast<weight_t>(__popc(equals & ((1u << lane_id) - 1)));
@@ -240,9 +254,9 @@ template <class T>
 void sample_on(context& ctx, const sample_args<T>& p, const sampling& how) {
   const dim3 grid(static_cast<unsigned>(p.logits.extent(0))), block(detail::sample_threads);
   if (how.temperature == 0)
-    detail::launch_overlapped(ctx, "sample", detail::greedy_kernel<T>, grid, block, p);
+    detail::launch_overlapped(ctx, "sample", detail::greedy_kernel<T>, grid, block, 0, p);
   else
-    detail::launch_overlapped(ctx, "sample", detail::sample_kernel<T>, grid, block, p, how);
+    detail::launch_overlapped(ctx, "sample", detail::sample_kernel<T>, grid, block, 0, p, how);
 }
 
 }  // namespace ratplus::cuda

@@ -75,7 +75,7 @@ void scan_forward_on(context& ctx, const C& cell, const scan_forward_args<T>& p)
     }
   const detail::scan_shape s(shape, 1);
   detail::launch_overlapped(ctx, "scan", detail::scan_forward_walk<C, T>,
-                            dim3(static_cast<unsigned>(detail::ceil_div(s.columns, 4))), dim3(128), cell, p, s);
+                            dim3(static_cast<unsigned>(detail::ceil_div(s.columns, 4))), dim3(128), 0, cell, p, s);
 }
 
 template <class C, class T>

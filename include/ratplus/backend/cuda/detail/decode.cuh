@@ -160,16 +160,21 @@ struct decode_partials {
   int splits;
 };
 
-/// This block's share of row t of head h, sequence b: split blockIdx.x. f(c, x) is called with every channel of the
-/// result by the block that finishes the row, one thread for each channel; true in that block.
-template <class L, class Heads, class T, class KV, class F>
+/// This block's share of row t of head h, sequence b: split blockIdx.x. prepare() is called by every warp but the last
+/// before q, k and v of the row are read. f(c, x) is called with every channel of the result by the block that finishes
+/// the row, one thread for each channel; true in that block.
+template <class L, class Heads, class T, class KV, class Prepare, class F>
 __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
-                           const decode_partials& parts, F&& f) {
+                           const decode_partials& parts, Prepare&& prepare, F&& f) {
   constexpr int D = L::size;
   const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
   const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
   __shared__ row_segments<T, KV> segments;
-  if (warp == decode_warps - 1 && lane_id < key_runs::count) find_segments(heads, p, b, h, t, lane_id, segments);
+  if (warp < decode_warps - 1)
+    prepare();
+  else if (lane_id < key_runs::count)
+    find_segments(heads, p, b, h, t, lane_id, segments);
+  __syncthreads();
 
   const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
   float q[L::channels];
@@ -180,7 +185,6 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
       const index_t c = a * L::lanes * L::vector + channel + i;
       q[a * L::vector + i] = c < d ? scale * to_float(p.q(b, h, t, c)) : 0.0f;
     }
-  __syncthreads();
 
   // Chunks of all segments are dealt out in turn to all warps of all splits.
   partial_softmax<L::channels> state;
@@ -299,7 +303,8 @@ __global__ void __launch_bounds__(decode_threads)
     }
     return;
   }
-  decode_row<L>(heads, p, b, h, t, parts, [&](index_t c, float x) { out[c] = from_float<T>(x); });
+  decode_row<L>(
+      heads, p, b, h, t, parts, [] {}, [&](index_t c, float x) { out[c] = from_float<T>(x); });
 }
 
 /// Blocks for `rows` rows of each of H heads of B sequences, and what they share their results in. `slots`: the most
@@ -314,10 +319,12 @@ struct decode_grid {
     if (H * rows > 65535 || B > 65535)
       throw shape_error(message("attend: decoding takes at most 65535 heads times rows and sequences, got ", H, " × ",
                                 rows, " and ", B));
-    // Enough blocks for several waves of the card, but at least a chunk for each of their warps.
-    const index_t useful = ceil_div(slots + rows, index_t{1} * L::keys * L::batch * decode_warps);
-    const index_t wanted = index_t{16} * ctx.multiprocessors() / all;
-    const index_t splits = std::clamp<index_t>(std::min(wanted, useful), 1, decode_partials::most_splits);
+    // One wave of blocks that have a chunk for each of their warps; several, for balance, where they have many.
+    const index_t chunk = index_t{L::keys} * L::batch * decode_warps, keys = slots + rows;
+    const auto split = [&](index_t waves, index_t chunks) {
+      return std::min(waves * 4 * ctx.multiprocessors() / all, ceil_div(keys, chunks * chunk));
+    };
+    const index_t splits = std::clamp<index_t>(std::max(split(1, 1), split(4, 8)), 1, decode_partials::most_splits);
     parts = {nullptr, nullptr, static_cast<int>(splits)};
     if (splits > 1) {
       parts.partial =
@@ -357,7 +364,7 @@ void attend_decode(context& ctx, const P& pattern, const attend_forward_args<T, 
     using L = decltype(layout);
     const decode_grid<L> grid(ctx, B, H, rows, slots_of_a_head(pattern, p.past.k.extent(1), H));
     launch_overlapped(ctx, "attend: decode", decode_kernel<L, decltype(heads), T, KV>, grid.blocks,
-                      dim3(decode_threads), heads, p, grid.parts);
+                      dim3(decode_threads), 0, heads, p, grid.parts);
   });
 }
 

@@ -24,9 +24,9 @@ void for_rows(context& ctx, const char* what, index_t rows, index_t columns, con
   const index_t per_row = wide ? columns / V : columns;
   const dim3 grid(static_cast<unsigned>(ceil_div(per_row, row_threads)), grid_for(rows, 1, 65535));
   if (wide)
-    launch_overlapped(ctx, what, for_each_element<V, F>, grid, dim3(row_threads), rows, columns, f);
+    launch_overlapped(ctx, what, for_each_element<V, F>, grid, dim3(row_threads), 0, rows, columns, f);
   else
-    launch_overlapped(ctx, what, for_each_element<1, F>, grid, dim3(row_threads), rows, columns, f);
+    launch_overlapped(ctx, what, for_each_element<1, F>, grid, dim3(row_threads), 0, rows, columns, f);
 }
 
 /// The row with flat index `row` over all dimensions but the last.

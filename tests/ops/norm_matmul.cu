@@ -1,0 +1,2 @@
+// ops/norm_matmul.cpp on CUDA: the same cases.
+#include "norm_matmul.cpp"
