@@ -41,6 +41,7 @@ struct core_forward_args {
   core_memory<T, KV> memory = {};
 };
 
+/// The memory must not have been written by the operation just before this one: a backend may begin to read it early.
 /// With a memory only y and the memory are of meaning afterwards; q, k_scanned, v_scanned, attended and lse may or may
 /// not have been written.
 template <Context Ctx, Cell C, class P, class T, class KV>

@@ -27,12 +27,11 @@ struct step_row {
   uninitialised<T, D> q, k, v;
   float k_state[D], v_state[D];
 
-  /// By every warp of a block but the last.
   template <class C, class KV>
   __device__ void fill(const C& cell, const core_forward_args<T, KV>& p, index_t b, index_t h, index_t position) {
     const index_t d = p.q.extent(3), half = (d + 1) / 2;
     const core_memory<T, KV>& memory = p.memory;
-    for (index_t c = threadIdx.x; c < half; c += decode_threads - 32) {
+    for (index_t c = threadIdx.x; c < half; c += decode_threads) {
       const index_t channel[2] = {c, c + half};
       const int count = c + half < d ? 2 : 1;
       float query[2] = {}, key[2] = {}, value[2] = {}, gate[2] = {}, key_state[2] = {}, value_state[2] = {};
@@ -76,12 +75,12 @@ struct step_row {
 template <class L, class C, class Heads, class T, class KV>
 __global__ void __launch_bounds__(decode_threads)
     core_step_kernel(C cell, Heads heads, core_forward_args<T, KV> p, decode_partials parts) {
-  wait_for_previous();
   const index_t H = p.q.extent(1), d = p.q.extent(3), h = blockIdx.y, b = blockIdx.z;
   const core_memory<T, KV>& memory = p.memory;
   const T* gate = p.out_gate.row(b) + h * d;
   T* y = p.y.row(b) + h * d;
   if (memory.spans.length && memory.spans.length[b] == 0) {
+    wait_for_previous();
     if (blockIdx.x == 0)
       for (index_t c = threadIdx.x; c < d; c += decode_threads) y[c] = from_float<T>(0.0f);
     return;
@@ -95,7 +94,11 @@ __global__ void __launch_bounds__(decode_threads)
                                           .v = everywhere(row.v),
                                           .past = {memory.k_pool, memory.v_pool, memory.heads, nullptr},
                                           .spans = memory.spans};
-  const auto recur = [&] { row.fill(cell, p, b, h, position); };
+  const auto recur = [&] {
+    wait_for_previous();
+    row.fill(cell, p, b, h, position);
+    __syncthreads();
+  };
   const bool finished = decode_row<L>(heads, attend, b, h, 0, parts, recur, [&](index_t c, float x) {
     y[c] = from_float<T>(to_float(from_float<T>(x)) * fast_sigmoid(to_float(gate[c])));
   });

@@ -1,7 +1,7 @@
 #pragma once
 // Attention of a few rows over a cache: every key and value is read once and used once, so the only aim is to keep the
 // memory busy. A block takes one row of one head and a share of its keys, a warp 32 lanes · 16 bytes of keys and of
-// values at a time; 8 of each are in flight before the first is used. Where rows and heads are too few for the card the
+// values at a time, the next while the last are used. Where rows and heads are too few for the card the
 // keys are split over several blocks, and the last one to finish combines the partial softmaxes, always in the same
 // order.
 //
@@ -26,7 +26,7 @@ inline constexpr int decode_warps = 4;
 inline constexpr int decode_threads = 32 * decode_warps;
 
 /// How a warp holds rows of up to D channels: V consecutive channels a lane and access, `accesses` of them, `lanes`
-/// lanes a key, so that one access of the warp covers `keys` keys, and `batch` of them are read before any is used.
+/// lanes a key, so that one access of the warp covers `keys` keys, and `batch` of them are read at once.
 template <int D, int V>
 struct decode_layout {
   static constexpr int vector = V;
@@ -34,7 +34,7 @@ struct decode_layout {
   static constexpr int keys = 32 / lanes;
   static constexpr int accesses = D / V / lanes;
   static constexpr int channels = V * accesses;  // of one lane
-  static constexpr int batch = accesses < 8 ? 8 / accesses : 1;
+  static constexpr int batch = accesses < 4 ? 4 / accesses : 1;
   static constexpr int size = D;
 };
 
@@ -97,60 +97,100 @@ struct partial_softmax {
   }
 };
 
-/// Keys `from` … of a segment, as many as the layout takes at once, into `state`.
+/// As many keys of a segment as a warp takes at once, and their values, on their way.
 template <class L, class S>
-__device__ void visit_keys(const key_segment<S>& segment, index_t from, index_t d, const float (&q)[L::channels],
-                           partial_softmax<L::channels>& state) {
-  const int lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
+struct key_chunk {
   raw_channels<S, L::vector> k[L::batch][L::accesses], v[L::batch][L::accesses];
-  bool there[L::batch];
+  unsigned there;  // bit u: whether the lane's u-th key exists
+
+  /// Keys `from` … of the segment.
+  __device__ void read(const key_segment<S>& segment, index_t from, index_t d) {
+    const int lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
+    there = 0;
 #pragma unroll
-  for (int u = 0; u < L::batch; ++u) {
-    const index_t i = from + u * L::keys + lane_id / L::lanes;
-    there[u] = i < segment.count;
-    const S *key = segment.k + i * segment.k_stride, *value = segment.v + i * segment.v_stride;
+    for (int u = 0; u < L::batch; ++u) {
+      const index_t i = from + u * L::keys + lane_id / L::lanes;
+      const bool exists = i < segment.count;
+      if (exists) there |= 1u << u;
+      const S *key = segment.k + i * segment.k_stride, *value = segment.v + i * segment.v_stride;
 #pragma unroll
-    for (int a = 0; a < L::accesses; ++a) {
-      const int c = a * L::lanes * L::vector + channel;
-      if (there[u] && c < d) {
-        k[u][a].read(key + c);
-        v[u][a].read(value + c);
-      } else {
+      for (int a = 0; a < L::accesses; ++a) {
+        const int c = a * L::lanes * L::vector + channel;
+        if (exists && c < d) {
+          k[u][a].read(key + c);
+          v[u][a].read(value + c);
+        } else {
 #pragma unroll
-        for (unsigned& word : k[u][a].word) word = 0;
+          for (unsigned& word : k[u][a].word) word = 0;
 #pragma unroll
-        for (unsigned& word : v[u][a].word) word = 0;
+          for (unsigned& word : v[u][a].word) word = 0;
+        }
       }
     }
   }
-  float score[L::batch], top = state.max;
+
+  __device__ void add_to(partial_softmax<L::channels>& state, const float (&q)[L::channels]) const {
+    float score[L::batch], top = state.max;
 #pragma unroll
-  for (int u = 0; u < L::batch; ++u) {
-    float dot = 0;
+    for (int u = 0; u < L::batch; ++u) {
+      float dot = 0;
 #pragma unroll
-    for (int a = 0; a < L::accesses; ++a)
+      for (int a = 0; a < L::accesses; ++a)
 #pragma unroll
-      for (int i = 0; i < L::vector; ++i) dot += q[a * L::vector + i] * k[u][a][i];
+        for (int i = 0; i < L::vector; ++i) dot += q[a * L::vector + i] * k[u][a][i];
 #pragma unroll
-    for (int offset = L::lanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
-    score[u] = there[u] ? dot : -1e30f;
-    top = fmaxf(top, score[u]);
+      for (int offset = L::lanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+      score[u] = there >> u & 1 ? dot : -1e30f;
+      top = fmaxf(top, score[u]);
+    }
+    const float scale = fast_exp2(state.max - top);
+    state.max = top;
+    state.sum *= scale;
+#pragma unroll
+    for (float& o : state.out) o *= scale;
+#pragma unroll
+    for (int u = 0; u < L::batch; ++u) {
+      const float weight = there >> u & 1 ? fast_exp2(score[u] - top) : 0.0f;
+      state.sum += weight;
+#pragma unroll
+      for (int a = 0; a < L::accesses; ++a)
+#pragma unroll
+        for (int i = 0; i < L::vector; ++i) state.out[a * L::vector + i] += weight * v[u][a][i];
+    }
   }
-  const float scale = fast_exp2(state.max - top);
-  state.max = top;
-  state.sum *= scale;
-#pragma unroll
-  for (float& o : state.out) o *= scale;
-#pragma unroll
-  for (int u = 0; u < L::batch; ++u) {
-    const float weight = there[u] ? fast_exp2(score[u] - top) : 0.0f;
-    state.sum += weight;
-#pragma unroll
-    for (int a = 0; a < L::accesses; ++a)
-#pragma unroll
-      for (int i = 0; i < L::vector; ++i) state.out[a * L::vector + i] += weight * v[u][a][i];
+};
+
+/// A warp's walk over its chunks of some segments, which are dealt out in turn to all warps.
+template <class L, class S>
+class chunk_walk {
+ public:
+  /// `next`: the number of the warp's first chunk, from the first segment's beginning.
+  __device__ chunk_walk(const key_segment<S>* segments, int count, index_t& next, index_t workers)
+      : segment_(segments), end_(segments + count), next_(next), workers_(workers) {
+    find();
   }
-}
+  __device__ explicit operator bool() const { return segment_ != end_; }
+  __device__ void read(key_chunk<L, S>& to, index_t d) const { to.read(*segment_, next_ * chunk, d); }
+  __device__ void operator++() {
+    next_ += workers_;
+    find();
+  }
+
+ private:
+  static constexpr index_t chunk = L::keys * L::batch;
+
+  __device__ void find() {
+    for (; segment_ != end_; ++segment_) {
+      const index_t chunks = ceil_div(segment_->count, chunk);
+      if (next_ < chunks) return;
+      next_ -= chunks;
+    }
+  }
+
+  const key_segment<S>*segment_, *end_;
+  index_t& next_;
+  index_t workers_;
+};
 
 /// Partial results of `splits` blocks a row: (rows, splits, D + 2), the sum and the maximum behind the D channels.
 struct decode_partials {
@@ -160,9 +200,9 @@ struct decode_partials {
   int splits;
 };
 
-/// This block's share of row t of head h, sequence b: split blockIdx.x. prepare() is called by every warp but the last
-/// before q, k and v of the row are read. f(c, x) is called with every channel of the result by the block that finishes
-/// the row, one thread for each channel; true in that block.
+/// This block's share of row t of head h, sequence b: split blockIdx.x. prepare() is called when the first keys are on
+/// their way, before q, k and v of the row are read. f(c, x) is called with every channel of the result by the block
+/// that finishes the row, one thread for each channel; true in that block.
 template <class L, class Heads, class T, class KV, class Prepare, class F>
 __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
                            const decode_partials& parts, Prepare&& prepare, F&& f) {
@@ -170,11 +210,14 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
   const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
   const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
   __shared__ row_segments<T, KV> segments;
-  if (warp < decode_warps - 1)
-    prepare();
-  else if (lane_id < key_runs::count)
-    find_segments(heads, p, b, h, t, lane_id, segments);
+  if (threadIdx.x < key_runs::count) find_segments(heads, p, b, h, t, static_cast<int>(threadIdx.x), segments);
   __syncthreads();
+  const index_t workers = static_cast<index_t>(parts.splits) * decode_warps;
+  index_t next = static_cast<index_t>(blockIdx.x) * decode_warps + warp;
+  key_chunk<L, KV> now, later;
+  chunk_walk<L, KV> past(segments.past, 2 * key_runs::count, next, workers);
+  if (past) past.read(now, d);
+  prepare();
 
   const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
   float q[L::channels];
@@ -186,23 +229,20 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
       q[a * L::vector + i] = c < d ? scale * to_float(p.q(b, h, t, c)) : 0.0f;
     }
 
-  // Chunks of all segments are dealt out in turn to all warps of all splits.
   partial_softmax<L::channels> state;
-  const index_t workers = static_cast<index_t>(parts.splits) * decode_warps;
-  index_t next = static_cast<index_t>(blockIdx.x) * decode_warps + warp;
-  constexpr index_t chunk = L::keys * L::batch;
-  const auto walk = [&](const auto& segment) {
-    const index_t chunks = ceil_div(segment.count, chunk);
-    for (; next < chunks; next += workers) visit_keys<L>(segment, next * chunk, d, q, state);
-    next -= chunks;
-  };
-  // One copy of the code each: a step's kernels run once and wait for every instruction of theirs to be fetched.
-#pragma unroll 1
-  for (int i = 0; i < 2 * key_runs::count; ++i) walk(segments.past[i]);
-#pragma unroll 1
-  for (int i = 0; i < key_runs::count; ++i) walk(segments.fresh[i]);
+  while (past) {
+    ++past;
+    if (past) past.read(later, d);
+    now.add_to(state, q);
+    now = later;
+  }
+  for (chunk_walk<L, T> fresh(segments.fresh, key_runs::count, next, workers); fresh; ++fresh) {
+    key_chunk<L, T> chunk;
+    fresh.read(chunk, d);
+    chunk.add_to(state, q);
+  }
 
-    // The lanes that hold the same channels of other keys, then the warps.
+  // The lanes that hold the same channels of other keys, then the warps.
 #pragma unroll
   for (int offset = L::lanes; offset < 32; offset *= 2) {
     float other[L::channels];
@@ -324,7 +364,7 @@ struct decode_grid {
     const auto split = [&](index_t waves, index_t chunks) {
       return std::min(waves * 4 * ctx.multiprocessors() / all, ceil_div(keys, chunks * chunk));
     };
-    const index_t splits = std::clamp<index_t>(std::max(split(1, 1), split(4, 8)), 1, decode_partials::most_splits);
+    const index_t splits = std::clamp<index_t>(std::max(split(1, 1), split(4, 16)), 1, decode_partials::most_splits);
     parts = {nullptr, nullptr, static_cast<int>(splits)};
     if (splits > 1) {
       parts.partial =
