@@ -1,0 +1,2 @@
+// trainer/training.cpp with --device cuda, in bfloat16.
+#include "training.cpp"
