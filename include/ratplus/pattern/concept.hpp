@@ -16,7 +16,9 @@ struct key_run {
   index_t end = 0;
   index_t step = 1;
 
-  [[nodiscard]] RATPLUS_HD constexpr index_t count() const { return end > begin ? (end - begin + step - 1) / step : 0; }
+  [[nodiscard]] RATPLUS_HD constexpr index_t count() const {
+    return end > begin ? quotient(end - begin + step - 1, step) : 0;
+  }
   [[nodiscard]] RATPLUS_HD constexpr bool empty() const { return end <= begin; }
   [[nodiscard]] RATPLUS_HD constexpr index_t operator[](index_t i) const { return begin + i * step; }
   /// Whether a position of this run's lattice lies inside it.

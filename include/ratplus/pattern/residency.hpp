@@ -31,7 +31,7 @@ class residency {
 
   [[nodiscard]] RATPLUS_HD constexpr index_t sink_slots() const { return kept_.dense() ? 0 : least(kept_.sinks()); }
   [[nodiscard]] RATPLUS_HD constexpr index_t anchor_slots() const {
-    return kept_.anchored() ? positions_ / kept_.dilation() : 0;
+    return kept_.anchored() ? quotient(positions_, kept_.dilation()) : 0;
   }
   [[nodiscard]] RATPLUS_HD constexpr index_t window_slots() const { return kept_.dense() ? 0 : least(kept_.window()); }
   [[nodiscard]] RATPLUS_HD constexpr index_t slots() const { return sink_slots() + anchor_slots() + window_slots(); }
@@ -43,8 +43,8 @@ class residency {
   [[nodiscard]] RATPLUS_HD constexpr homes_of homes(index_t position) const {
     homes_of h;
     if (position < sink_slots()) h.slot[0] = position;
-    if (kept_.is_anchor(position)) h.slot[1] = sink_slots() + position / kept_.dilation();
-    if (window_slots() > 0) h.slot[2] = first_ring_slot() + position % window_slots();
+    if (kept_.is_anchor(position)) h.slot[1] = sink_slots() + quotient(position, kept_.dilation());
+    if (window_slots() > 0) h.slot[2] = first_ring_slot() + modulo(position, window_slots());
     return h;
   }
 
@@ -64,9 +64,10 @@ class residency {
     const index_t n = run.count();
     if (n == 0) return {};
     const index_t D = kept_.dilation();
-    if (kept_.is_anchor(run.begin) && run.step % D == 0) return {{{sink_slots() + run.begin / D, run.step / D, n}, {}}};
+    if (kept_.is_anchor(run.begin) && modulo(run.step, D) == 0)
+      return {{{sink_slots() + quotient(run.begin, D), quotient(run.step, D), n}, {}}};
     if (run.end <= sink_slots()) return {{{run.begin, run.step, n}, {}}};
-    const index_t at = run.begin % window_slots(), before_wrap = window_slots() - at;
+    const index_t at = modulo(run.begin, window_slots()), before_wrap = window_slots() - at;
     if (n <= before_wrap) return {{{first_ring_slot() + at, 1, n}, {}}};
     return {{{first_ring_slot() + at, 1, before_wrap}, {first_ring_slot(), 1, n - before_wrap}}};
   }

@@ -53,13 +53,13 @@ struct sparse_rules {
 
   /// Kept for its position alone: at D − 1, 2D − 1, …
   [[nodiscard]] RATPLUS_HD constexpr bool is_anchor(index_t key) const {
-    return self().anchored() && (key + 1) % self().dilation() == 0;
+    return self().anchored() && modulo(key + 1, self().dilation()) == 0;
   }
 
   /// The first anchor that is not a sink.
   [[nodiscard]] RATPLUS_HD constexpr index_t first_anchor() const {
     const index_t D = self().dilation();
-    return self().sinks() / D * D + D - 1;
+    return quotient(self().sinks(), D) * D + D - 1;
   }
 
  private:

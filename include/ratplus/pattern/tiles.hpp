@@ -15,7 +15,7 @@ template <Pattern P>
 
 /// The part of `run` inside [begin, end).
 [[nodiscard]] RATPLUS_HD constexpr key_run clip(key_run run, index_t begin, index_t end) {
-  if (begin > run.begin) run.begin += (begin - run.begin + run.step - 1) / run.step * run.step;
+  if (begin > run.begin) run.begin += quotient(begin - run.begin + run.step - 1, run.step) * run.step;
   if (end < run.end) run.end = end;
   if (run.end < run.begin) run.end = run.begin;
   return run;
