@@ -255,23 +255,22 @@ template <class Args>
           p.spans.length, 1.0f / std::sqrt(static_cast<float>(p.q.extent(3)))};
 }
 
-/// Three warps of the copying group, thread 0 … 95, find out ahead of the fourth, which loads, what it is to load:
-/// fill(tile, place, row) describes row `row` of a tile, the same warp 32 neighbours at a time.
-inline constexpr int describing_threads = 96;
-template <class Tile, class Fill>
-__device__ inline void describe_tiles(const tile_queue& queue, const attend_shape& shape, Tile (&tiles)[2],
-                                      hopper::barrier (&described)[2], hopper::barrier (&empty)[2], int thread,
-                                      Fill&& fill) {
-  hopper::ring_place<2> at;
+/// Warps of the copying group, thread 0 … Threads − 1, find out ahead of the others, which load, what these are to
+/// load: fill(tile, place, row) describes row `row` of a tile, the same warp 32 neighbours at a time.
+template <int Threads = 96, int Stages, class Tile, class Fill>
+__device__ inline void describe_tiles(const tile_queue& queue, const attend_shape& shape, Tile (&tiles)[Stages],
+                                      hopper::barrier (&described)[Stages], hopper::barrier (&empty)[Stages],
+                                      int thread, Fill&& fill) {
+  hopper::ring_place<Stages> at;
   for (int i = static_cast<int>(blockIdx.x); i < queue.order.count(); at.advance()) {
     const auto [number, head] = queue.order[i];
     tile_place place{head / shape.H, head % shape.H, number, shape.rows_in_use(head / shape.H), 0};
     if (thread == 0) place.next = queue.next();
     empty[at.stage].wait(at.parity ^ 1);
     Tile& tile = tiles[at.stage];
-    for (int row = thread; row < tile_rows; row += describing_threads) fill(tile, place, row);
+    for (int row = thread; row < tile_rows; row += Threads) fill(tile, place, row);
     if (thread == 0) static_cast<tile_place&>(tile) = place;
-    hopper::sync_threads(1, describing_threads);
+    hopper::sync_threads(1, Threads);
     if (thread == 0) described[at.stage].arrive();
     i = tile.next;
   }
@@ -289,8 +288,11 @@ __device__ inline void describe_tiles(const tile_queue& queue, const attend_shap
 /// side sees may hold anything (padding, keys that were dropped), and 0 · NaN is NaN.
 template <int D, int Rows>
 __device__ inline void zero_rows(char* tile, int from, int thread, int barrier_id) {
-  for (int i = hopper::computed_here(thread); i < (Rows - from) * (D / 8); i += hopper::group_threads)
-    *reinterpret_cast<uint4*>(tile + hopper::chunk_offset(Rows, from + i / (D / 8), i % (D / 8))) = uint4{0, 0, 0, 0};
+  constexpr int chunks = D / 8;
+  const int here = hopper::computed_here(thread), chunk = here % chunks;
+#pragma unroll 1
+  for (int row = from + here / chunks; row < Rows; row += hopper::group_threads / chunks)
+    *reinterpret_cast<uint4*>(tile + hopper::chunk_offset(Rows, row, chunk)) = uint4{0, 0, 0, 0};
   hopper::fence_async_proxy();
   hopper::sync_threads(barrier_id, hopper::group_threads);
 }
@@ -326,28 +328,31 @@ __device__ inline void round_fragment(const float (&s)[N], std::uint32_t (&a)[N 
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-/// Products of rows a_row and a_row + 8 of one tile with rows b_row and b_row + 8 of another, both of D channels; the
-/// four lanes that share the rows call it together.
+/// Products of rows a_row and a_row + 8 of one tile with rows b_row and b_row + 8 of another, both of D channels, for
+/// each lane of a warp; lane / 4 has been added to both. A product of 16 × 16 blocks has them in its diagonal, and
+/// costs less than multiplying elements.
 template <int D, int RowsA, int RowsB>
 __device__ inline void multiply_own(const char* a, int a_row, const char* b, int b_row, int lane, float (&sum)[2]) {
+  const auto here = static_cast<unsigned>(lane);
+  const hopper::block_rows<RowsA> a_blocks(a, a_row - lane / 4, here);
+  const hopper::block_rows<RowsB> b_blocks(b, b_row - lane / 4, here);
+  float low[2][4] = {}, high[2][4] = {};  // with rows b_row … and b_row + 8 …, of even and of odd blocks
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float x = 0;
-#pragma unroll
-    for (int c = 0; c < D / 32; ++c) {
-      const int chunk = lane % 4 + 4 * (c ^ (lane / 4 & 1));  // neighbouring rows in different banks
-      const auto a8 = *reinterpret_cast<const uint4*>(a + hopper::chunk_offset(RowsA, a_row + 8 * half, chunk));
-      const auto b8 = *reinterpret_cast<const uint4*>(b + hopper::chunk_offset(RowsB, b_row + 8 * half, chunk));
-      const std::uint32_t a2[] = {a8.x, a8.y, a8.z, a8.w}, b2[] = {b8.x, b8.y, b8.z, b8.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 u = widened(a2[i]), w = widened(b2[i]);
-        x += u.x * w.x + u.y * w.y;
-      }
-    }
-    x += __shfl_xor_sync(~0u, x, 1);
-    sum[half] = x + __shfl_xor_sync(~0u, x, 2);
+  for (int c = 0; c < D / 16; ++c) {
+    std::uint32_t x[4], y[4];
+    hopper::load_blocks(a_blocks[c], x);
+    hopper::load_blocks(b_blocks[c], y);
+    hopper::product_of_blocks(low[c % 2], x, y[0], y[2]);
+    hopper::product_of_blocks(high[c % 2], x, y[1], y[3]);
   }
+  // Element (i, i) lies in lane 4 i + i / 2 of the warp.
+  const bool odd = here / 4 % 2 == 1;
+  const int source = static_cast<int>(here / 4 * 4 + here / 8);
+  const auto element = [&](const float(&x)[2][4], int i) {
+    return odd ? x[0][i + 1] + x[1][i + 1] : x[0][i] + x[1][i];
+  };
+  sum[0] = __shfl_sync(~0u, element(low, 0), source);
+  sum[1] = __shfl_sync(~0u, element(high, 2), source);
 }
 
 /// Loads rows [row, row + Rows) of D channels of head h, sequence b, as panels; `full` counts their bytes.

@@ -105,13 +105,15 @@ struct barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
-  /// Returns when the phase of the given parity has completed.
+  /// Returns when the phase of the given parity has completed. Threads that wait may sleep this many nanoseconds before
+  /// they look again: looking all the time takes turns from those who compute.
   __device__ void wait(int parity) {
+    constexpr int sleep = 1000000;
     asm volatile(
         "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
         "@done bra finished;\nbra again;\nfinished:\n}" ::"r"(shared_address(this)),
-        "r"(parity)
+        "r"(parity), "r"(sleep)
         : "memory");
   }
 };
@@ -208,9 +210,10 @@ __device__ inline void take_registers() {
   const std::uint64_t address = (shared_address(p) & 0x3ffff) >> 4;
   return address | static_cast<std::uint64_t>(panel_to_panel >> 4) << 16 | std::uint64_t{1024 >> 4} << 32 | swizzle_128;
 }
-/// The same operand `bytes` further on.
+/// The same operand `bytes` further on: its address is in the lower word and never carries.
 [[nodiscard]] __device__ inline std::uint64_t advanced(std::uint64_t operand, int bytes) {
-  return operand + static_cast<std::uint64_t>(bytes >> 4);
+  const std::uint32_t low = static_cast<std::uint32_t>(operand) + static_cast<std::uint32_t>(bytes >> 4);
+  return operand >> 32 << 32 | low;
 }
 
 /// Orders register accesses before the wgmma that follow.
@@ -225,7 +228,7 @@ __device__ inline void wgmma_wait() {
 template <int N>
 __device__ inline void pin(float (&d)[N]) {
 #pragma unroll
-  for (float& x : d) asm volatile("" : "+f"(x)::"memory");
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define RATPLUS_F8(d, i)                                                                                      \
@@ -300,24 +303,75 @@ __device__ inline void product(float (&d)[Size], const std::uint32_t (&a)[4], st
   return y;
 }
 
+/// 1 / x and log2(x), to 1 unit in the last place or nearly.
+[[nodiscard]] __device__ inline float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+[[nodiscard]] __device__ inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Four 8 × 8 blocks of 16-bit elements from fragments to shared memory; lane l gives the address of row l % 8 of block
 /// l / 8.
-__device__ inline void store_blocks(void* row, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
-               "r"(b), "r"(c), "r"(d)
+__device__ inline void store_blocks(std::uint32_t row, std::uint32_t a, std::uint32_t b, std::uint32_t c,
+                                    std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
                : "memory");
 }
+__device__ inline void store_blocks(void* row, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+  store_blocks(shared_address(row), a, b, c, d);
+}
 /// And back.
-__device__ inline void load_blocks(const void* row, std::uint32_t (&a)[4]) {
+__device__ inline void load_blocks(std::uint32_t row, std::uint32_t (&a)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_blocks(const void* row, std::uint32_t (&a)[4]) { load_blocks(shared_address(row), a); }
+/// And back, every block transposed.
+__device__ inline void load_blocks_transposed(std::uint32_t row, std::uint32_t (&a)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(row)
+               : "memory");
+}
+
+/// d (16 × 8) += a (16 × 16) b (8 × 16)ᵀ, by one warp; fragments as load_blocks gives them, an accumulator's as above.
+__device__ inline void product_of_blocks(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                         std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /// Byte offset, in a tile of panels of `rows` rows, of the 16-byte chunk of row `row` that starts at channel 8 · chunk.
 [[nodiscard]] __device__ inline int chunk_offset(int rows, int row, int chunk) {
   return (chunk >> 3) * rows * row_bytes + row * row_bytes + (((chunk & 7) ^ (row & 7)) << 4);
 }
+
+/// The addresses at which load_blocks and store_blocks find the 16 × 16 blocks of 16 rows, from row `row` on, of a tile
+/// of panels of Rows rows: lane l points at row l % 16, chunk 2 c + l / 16 for block c.
+template <int Rows>
+class block_rows {
+ public:
+  __device__ block_rows(const char* tile, int row, unsigned lane) {
+    const unsigned i = static_cast<unsigned>(row) + lane % 16;
+    first_ = shared_address(tile) + i * row_bytes + ((lane / 16 ^ i % 8) << 4);
+  }
+  [[nodiscard]] __device__ std::uint32_t operator[](int c) const {
+    return (first_ ^ static_cast<unsigned>(c % 4 * 32)) + static_cast<unsigned>(c / 4 * Rows * row_bytes);
+  }
+
+ private:
+  std::uint32_t first_;
+};
 
 }  // namespace ratplus::cuda::hopper
