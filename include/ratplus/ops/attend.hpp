@@ -69,7 +69,7 @@ struct attend_backward_args {
   view<const T, 4> q = {}, k = {}, v = {};   // (B, H, T, d)
   view<const T, 4> out = {}, dout = {};      // (B, H, T, d), the forward pass's output and its gradient
   view<const accumulator_t<T>, 3> lse = {};  // (B, H, T), from the forward pass
-  view<T, 4> dq = {}, dk = {}, dv = {};      // (B, H, T, d), written; dq must not overlap dout
+  view<T, 4> dq = {}, dk = {}, dv = {};      // (B, H, T, d), written; dq must not overlap dout, dk and dv no input
   sequence_spans spans = {};                 // only length is read
 };
 
