@@ -18,11 +18,6 @@ target_compile_options(ratplus_own INTERFACE $<${cxx}:-Wall;-Wextra;-Wconversion
 if(RATPLUS_NATIVE)
   target_compile_options(ratplus_own INTERFACE $<${cxx}:-march=native>)
 endif()
-if(RATPLUS_BLAS)
-  find_package(BLAS REQUIRED)
-  target_compile_definitions(ratplus_own INTERFACE EIGEN_USE_BLAS)
-  target_link_libraries(ratplus_own INTERFACE BLAS::BLAS)
-endif()
 if(RATPLUS_SANITIZE)
   string(REPLACE ";" "," sanitize "${RATPLUS_SANITIZE}")
   target_compile_options(ratplus_own INTERFACE
@@ -30,6 +25,22 @@ if(RATPLUS_SANITIZE)
   target_link_options(ratplus_own INTERFACE -fsanitize=${sanitize})
   # g++ with -fsanitize=address suspects std::function and Eigen of reading uninitialised members.
   target_compile_options(ratplus_own INTERFACE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>)
+endif()
+
+# For programs that train: large matrix products through a BLAS. OpenBLAS by name, because the reference BLAS, which may be found
+# as well, is far slower than Eigen.
+add_library(ratplus_blas INTERFACE)
+if(RATPLUS_BLAS AND NOT RATPLUS_SANITIZE)
+  if(NOT BLA_VENDOR)
+    set(BLA_VENDOR OpenBLAS)
+  endif()
+  find_package(BLAS QUIET)
+  if(TARGET BLAS::BLAS)
+    target_compile_definitions(ratplus_blas INTERFACE EIGEN_USE_BLAS)
+    target_link_libraries(ratplus_blas INTERFACE BLAS::BLAS)
+  else()
+    message(STATUS "ratplus: no ${BLA_VENDOR}; matrix products are Eigen's own")
+  endif()
 endif()
 
 if(RATPLUS_CUDA)

@@ -24,6 +24,12 @@
 #include "ratplus/backend/cpu/detail/dots.hpp"
 #include "ratplus/ops/matmul.hpp"
 
+#if defined(EIGEN_USE_BLAS)
+// Null with any other BLAS, whose threads are the program's to set.
+extern "C" [[gnu::weak]] int openblas_get_num_threads();
+extern "C" [[gnu::weak]] void openblas_set_num_threads(int);
+#endif
+
 namespace ratplus::cpu {
 
 namespace detail {
@@ -47,20 +53,34 @@ void matmul_few_rows(const matmul_args<float>& p, index_t m0, index_t n0, index_
   if constexpr (M > 1) matmul_few_rows<M / 2>(p, m0, n0, n1);
 }
 
-/// Keeps Eigen from threads of its own, which would also change its blocking and so the last bits.
-class eigen_single_thread {
+/// Threads of OpenBLAS. Without it there are none to know of or to set.
+inline int blas_threads() {
+#if defined(EIGEN_USE_BLAS)
+  if (openblas_get_num_threads) return openblas_get_num_threads();
+#endif
+  return 1;
+}
+inline void set_blas_threads([[maybe_unused]] int threads) {
+#if defined(EIGEN_USE_BLAS)
+  if (openblas_set_num_threads) openblas_set_num_threads(threads);
+#endif
+}
+
+/// Keeps Eigen and OpenBLAS from threads of their own, which would also change their blocking and so the last bits.
+class single_threaded_products {
  public:
-  eigen_single_thread() {
-    if (before_ != 1) Eigen::setNbThreads(1);
-  }
-  eigen_single_thread(const eigen_single_thread&) = delete;
-  eigen_single_thread& operator=(const eigen_single_thread&) = delete;
-  ~eigen_single_thread() {
-    if (before_ != 1) Eigen::setNbThreads(before_);
-  }
+  single_threaded_products() { set(1, 1); }
+  single_threaded_products(const single_threaded_products&) = delete;
+  single_threaded_products& operator=(const single_threaded_products&) = delete;
+  ~single_threaded_products() { set(eigen_, blas_); }
 
  private:
-  int before_ = Eigen::nbThreads();
+  static void set(int eigen, int blas) {
+    if (Eigen::nbThreads() != eigen) Eigen::setNbThreads(eigen);
+    if (blas_threads() != blas) set_blas_threads(blas);
+  }
+
+  int eigen_ = Eigen::nbThreads(), blas_ = blas_threads();
 };
 
 /// Rows [m0, m1) and columns [n0, n1) of C, which begins as the addend, += A · B.
@@ -88,7 +108,8 @@ inline void matmul_block(const matmul_args<float>& p, index_t m0, index_t m1, in
 inline void matmul_on(context& ctx, const matmul_args<float>& p) {
   using namespace detail;
   const index_t M = p.c.extent(0), N = p.c.extent(1), K = p.a.extent(p.transpose_a ? 0 : 1);
-  if (M <= dots_rows && p.transpose_b && !p.transpose_a) {
+  constexpr index_t few_rows = 8;
+  if (M <= few_rows && p.transpose_b && !p.transpose_a) {
     const index_t piece = std::max<index_t>(pack_width, padded(piece_channels / std::max<index_t>(1, K)));
     ctx.parallel_for((N + piece - 1) / piece, 2 * M * piece * K, 0, [&](index_t item, float*) {
       matmul_few_rows(p, 0, item * piece, std::min(N, (item + 1) * piece));
@@ -98,10 +119,10 @@ inline void matmul_on(context& ctx, const matmul_args<float>& p) {
   // Enough blocks to keep a few threads evenly busy, each large enough to pay for Eigen's packing.
   const index_t columns = 1024, column_blocks = (N + columns - 1) / columns;
   index_t rows = 512;
-  while (rows > 64 && (M + rows - 1) / rows * column_blocks < 16) rows /= 2;
+  while (rows > 64 && (M + rows - 1) / rows * column_blocks < 8) rows /= 2;
   const index_t row_blocks = (M + rows - 1) / rows;
   const index_t work = 2 * std::min(M, rows) * std::min(N, columns) * K;
-  const eigen_single_thread guard;
+  const single_threaded_products guard;
   ctx.parallel_for(row_blocks * column_blocks, work, 0, [&](index_t item, float*) {
     const index_t m0 = item % row_blocks * rows, m1 = std::min(M, m0 + rows);
     const index_t n0 = item / row_blocks * columns, n1 = std::min(N, n0 + columns);
