@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "machine.hpp"
+#include "measure.hpp"
 #include "models.hpp"
 #include "ratplus/ratplus.hpp"
 
@@ -71,14 +71,12 @@ void joint_iteration(benchmark::State& state, const size& s, int threads) {
   const auto tokens = bench::random_tokens(s.batch * s.T, vocabulary, 4),
              labels = bench::random_tokens(s.batch * s.T, vocabulary, 5);
   const token_batch batch{as_view(tokens.data(), s.batch, s.T), as_view(labels.data(), s.batch, s.T)};
-  for (auto _ : state) benchmark::DoNotOptimize(trainer.joint_step(cpu, dilated<16>{}, std::span(&batch, 1), 1e-3));
+  const double time = bench::run(
+      state, [&] { benchmark::DoNotOptimize(trainer.joint_step(cpu, dilated<16>{}, std::span(&batch, 1), 1e-3)); });
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  using benchmark::Counter;
-  const double floor = flops_of_iteration(s) / (bench::fma_peak(threads));
-  state.counters["tokens/s"] = Counter(static_cast<double>(s.batch * s.T), Counter::kIsIterationInvariantRate);
-  state.counters["GFLOP/s"] = Counter(flops_of_iteration(s) * 1e-9, Counter::kIsIterationInvariantRate);
-  state.counters["floor_ms"] = 1e3 * floor;
+  bench::report_flops(state, time, flops_of_iteration(s), threads);
+  state.counters["tokens/s"] = static_cast<double>(s.batch * s.T) / time;
   state.counters["peak_MiB"] = static_cast<double>(usage.ru_maxrss) / 1024;
 }
 
@@ -92,8 +90,8 @@ int main(int argc, char** argv) {
           ("joint_step/" + std::string(s.name) + "/threads:" + std::to_string(threads)).c_str(), joint_iteration, s,
           threads)
           ->Unit(benchmark::kMillisecond)
-          ->UseRealTime()
-          ->MinTime(2.0);
+          ->UseManualTime()
+          ->Iterations(3);
   benchmark::Initialize(&argc, argv);
   benchmark::RunSpecifiedBenchmarks();
 }
