@@ -66,6 +66,7 @@ def flex(D, W, T):
         near = q - k <= W
         return (k <= q) & (near | ((k + 1) % D == 0) if D else near)
 
+    torch._functorch.config.donated_buffer = False  # the backward pass is run more than once
     mask = create_block_mask(sees, None, None, T, T, device="cuda")
     compiled = torch.compile(flex_attention)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
