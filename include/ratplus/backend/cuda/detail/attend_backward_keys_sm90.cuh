@@ -62,8 +62,9 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   auto& tiles = *reinterpret_cast<key_tile(*)[2]>(base + memory::tiles);
   const attend_shape& shape = job.shape;
 
+  constexpr int describing = 96;  // threads
   if (threadIdx.x == 0) {
-    for (barrier& x : described) x.init(1);
+    for (barrier& x : described) x.init(describing);
     for (barrier& x : tile_empty) x.init(9);  // the computing warps and the loading thread
     kv_full.init(1);
     kv_empty.init(8);
@@ -82,41 +83,42 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   if (group < 0) {
     give_registers<40>();
     if (thread >= 32) {
-      describe_tiles(job.tiles, shape, tiles, described, tile_empty, thread - 32,
-                     [&](key_tile& keys, const tile_place& at, int row) {
-                       int r = 0, number = job.tiles.order.tiles - 1 - at.number;
-                       while (number >= job.tiles_of_run[r]) number -= job.tiles_of_run[r++];
-                       int position = -1, first = shape.T, end = 0;
-                       job.patterns.visit(at.h, [&](const auto& pattern) {
-                         const int sinks = joined_sinks(pattern);
-                         if (r == window_run && sees_own_key_alone(pattern)) return;
-                         if (r == 0 && sinks > 0) return;
-                         const key_run along = pattern.keys(0)[r];
-                         const bool joined = r == 1 && sinks > 0;
-                         if (row == 0) {
-                           keys.lattice = job.keys.find(along);
-                           keys.sinks = joined ? sinks : 0;
-                         }
-                         const int index = number * tile_rows + row - (joined ? sink_rows : 0);
-                         const index_t k = index < 0 ? sinks + index : along.begin % along.step + index * along.step;
-                         if (k < 0) return;
-                         if (k >= shape.T) return;
-                         const index_t last = pattern.last_query(k, k < at.used ? at.used : shape.T);
-                         const key_run owner = pattern.keys(last)[index < 0 ? 0 : r];
-                         if (!owner.bounds(k) || (k - owner.begin) % owner.step != 0) return;
-                         position = static_cast<int>(k);
-                         if (k < at.used) {
-                           first = position;
-                           end = static_cast<int>(last) + 1;
-                         }
-                       });
-                       if (row == 0) keys.first_index = number * tile_rows;
-                       keys.position[row] = position;
-                       keys.queries[row] = {first, end > first ? end : first};
-                       const int least = __reduce_min_sync(~0u, first), most = __reduce_max_sync(~0u, first);
-                       const int least_end = __reduce_min_sync(~0u, end), most_end = __reduce_max_sync(~0u, end);
-                       if (row % 32 == 0) keys.warp[row / 32] = {least, most, least_end, most_end};
-                     });
+      describe_tiles<describing>(
+          job.tiles, shape, tiles, described, tile_empty, thread - 32,
+          [&](key_tile& keys, const tile_place& at, int row) {
+            int r = 0, number = job.tiles.order.tiles - 1 - at.number;
+            while (number >= job.tiles_of_run[r]) number -= job.tiles_of_run[r++];
+            int position = -1, first = shape.T, end = 0;
+            job.patterns.visit(at.h, [&](const auto& pattern) {
+              const int sinks = joined_sinks(pattern);
+              if (r == window_run && sees_own_key_alone(pattern)) return;
+              if (r == 0 && sinks > 0) return;
+              const key_run along = pattern.keys(0)[r];
+              const bool joined = r == 1 && sinks > 0;
+              if (row == 0) {
+                keys.lattice = job.keys.find(along);
+                keys.sinks = joined ? sinks : 0;
+              }
+              const int index = number * tile_rows + row - (joined ? sink_rows : 0);
+              const index_t k = index < 0 ? sinks + index : along.begin % along.step + index * along.step;
+              if (k < 0) return;
+              if (k >= shape.T) return;
+              const index_t last = pattern.last_query(k, k < at.used ? at.used : shape.T);
+              const key_run owner = pattern.keys(last)[index < 0 ? 0 : r];
+              if (!owner.bounds(k) || (k - owner.begin) % owner.step != 0) return;
+              position = static_cast<int>(k);
+              if (k < at.used) {
+                first = position;
+                end = static_cast<int>(last) + 1;
+              }
+            });
+            if (row == 0) keys.first_index = number * tile_rows;
+            keys.position[row] = position;
+            keys.queries[row] = {first, end > first ? end : first};
+            const int least = __reduce_min_sync(~0u, first), most = __reduce_max_sync(~0u, first);
+            const int least_end = __reduce_min_sync(~0u, end), most_end = __reduce_max_sync(~0u, end);
+            if (row % 32 == 0) keys.warp[row / 32] = {least, most, least_end, most_end};
+          });
     } else if (thread == 0) {
       for (bool more = true; more; tile.advance()) {
         described[tile.stage].wait(tile.parity);

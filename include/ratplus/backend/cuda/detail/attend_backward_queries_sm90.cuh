@@ -44,8 +44,9 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
   auto& tiles = *reinterpret_cast<query_tile(*)[2]>(base + memory::tiles);
   const attend_shape& shape = job.shape;
 
+  constexpr int describing = 96;  // threads
   if (threadIdx.x == 0) {
-    for (barrier& x : described) x.init(1);
+    for (barrier& x : described) x.init(describing);
     for (barrier& x : q_full) x.init(1);
     for (barrier& x : q_empty) x.init(3);  // the computing groups and the loading thread
     for (barrier& x : full) x.init(1);
@@ -62,12 +63,12 @@ __global__ __launch_bounds__(3 * hopper::group_threads, 1) void attend_backward_
   if (group < 0) {
     give_registers<40>();
     if (thread >= 32) {
-      describe_tiles(job.tiles, shape, tiles, described, q_empty, thread - 32,
-                     [&](query_tile& rows, const tile_place& at, int row) {
-                       find_bounds(rows, job.patterns, job.keys, no_past{}, at, row);
-                       const int t = at.number * tile_rows + row;
-                       rows.lse2[row] = t < at.used ? job.lse(at.b, at.h, t) * log2_e : INFINITY;
-                     });
+      describe_tiles<describing>(job.tiles, shape, tiles, described, q_empty, thread - 32,
+                                 [&](query_tile& rows, const tile_place& at, int row) {
+                                   find_bounds(rows, job.patterns, job.keys, no_past{}, at, row);
+                                   const int t = at.number * tile_rows + row;
+                                   rows.lse2[row] = t < at.used ? job.lse(at.b, at.h, t) * log2_e : INFINITY;
+                                 });
     } else if (thread == 0) {
       for (bool more = true; more; tile.advance()) {
         described[tile.stage].wait(tile.parity);

@@ -178,11 +178,12 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   auto& bounds = *reinterpret_cast<row_bounds<runs>(*)[described]>(base + memory::bounds);
   const attend_shape& shape = job.shape;
   const int tiles = job.tiles.order.count();
+  constexpr int describing = 64;  // threads
 
   if (threadIdx.x == 0) {
     constexpr int computing_warps = 8;
     for (int i = 0; i < described; ++i) {
-      bar.described[i].init(1);
+      bar.described[i].init(describing);
       bar.forgotten[i].init(computing_warps + 2);  // and the loading threads
     }
     for (int i = 0; i < 2; ++i) {
@@ -205,10 +206,10 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   if (group < 0) {
     give_registers<40>();
     if (thread >= 64) {
-      describe_tiles<64>(job.tiles, shape, bounds, bar.described, bar.forgotten, thread - 64,
-                         [&](row_bounds<runs>& rows, const tile_place& at, int row) {
-                           find_bounds(rows, job.patterns, job.keys, job.past, at, row);
-                         });
+      describe_tiles<describing>(job.tiles, shape, bounds, bar.described, bar.forgotten, thread - 64,
+                                 [&](row_bounds<runs>& rows, const tile_place& at, int row) {
+                                   find_bounds(rows, job.patterns, job.keys, job.past, at, row);
+                                 });
     } else if (thread % 32 == 0) {
       const bool values = thread > 0;
       ring_place<described> tile;

@@ -256,8 +256,9 @@ template <class Args>
 }
 
 /// Warps of the copying group, thread 0 … Threads − 1, find out ahead of the others, which load, what these are to
-/// load: fill(tile, place, row) describes row `row` of a tile, the same warp 32 neighbours at a time.
-template <int Threads = 96, int Stages, class Tile, class Fill>
+/// load: fill(tile, place, row) describes row `row` of a tile, the same warp 32 neighbours at a time. `described`
+/// counts all of them.
+template <int Threads, int Stages, class Tile, class Fill>
 __device__ inline void describe_tiles(const tile_queue& queue, const attend_shape& shape, Tile (&tiles)[Stages],
                                       hopper::barrier (&described)[Stages], hopper::barrier (&empty)[Stages],
                                       int thread, Fill&& fill) {
@@ -270,8 +271,8 @@ __device__ inline void describe_tiles(const tile_queue& queue, const attend_shap
     Tile& tile = tiles[at.stage];
     for (int row = thread; row < tile_rows; row += Threads) fill(tile, place, row);
     if (thread == 0) static_cast<tile_place&>(tile) = place;
-    hopper::sync_threads(1, Threads);
-    if (thread == 0) described[at.stage].arrive();
+    described[at.stage].arrive();
+    described[at.stage].wait(at.parity);
     i = tile.next;
   }
 }
