@@ -42,12 +42,8 @@ void check_core(Backend& backend, const Cell& cell, const P& pattern, index_t H,
   const auto B = static_cast<index_t>(calls.front().size());
   CAPTURE(cell.name(), H, d);
   array<head_slots, 1> slots_of(dims(H));
-  index_t slots = 0;
-  for (index_t h = 0; h < H; ++h) {
-    const any_sparse each = visit_head(pattern, h, H, [](const auto& p) { return kept_pattern(p); });
-    slots_of(h) = {slots, residency(each, positions)};
-    slots += slots_of(h).where.slots();
-  }
+  slots_of.data = slots_of_heads(pattern, H, positions);
+  const index_t slots = pool_slots(slots_of.data);
   const guarded heads(ctx, slots_of);
   const auto rope = make_rope_table<A>(ctx, positions, d, 10000.0);
   const extents<3> pool = dims(B, std::max<index_t>(slots, 1), d), state = dims(B, H, d);

@@ -63,12 +63,8 @@ void check_calls(Backend& backend, const std::string& name, const Kept& kept, co
   const auto expected = oracle::attention(q, k, v, visible, total);
 
   array<head_slots, 1> slots_of(dims(H));
-  index_t slots = 0;
-  for (index_t h = 0; h < H; ++h) {
-    const any_sparse each = visit_head(kept, h, H, [](const auto& p) { return kept_pattern(p); });
-    slots_of(h) = {slots, residency(each, rows)};
-    slots += slots_of(h).where.slots();
-  }
+  slots_of.data = slots_of_heads(kept, H, rows);
+  const index_t slots = pool_slots(slots_of.data);
   const guarded heads(ctx, slots_of);
   auto k_pool = poisoned<KV>(ctx, dims(B, std::max<index_t>(slots, 1), d), layout::strided);
   auto v_pool = poisoned<KV>(ctx, dims(B, std::max<index_t>(slots, 1), d), layout::strided);

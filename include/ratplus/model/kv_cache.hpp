@@ -27,15 +27,8 @@ class kv_cache {
     const index_t H = config.num_heads, d = config.head_size();
     for (index_t i = 0; i < config.num_layers; ++i) {
       layer one;
-      index_t slots = 0;
-      visit_layer(kept, i, [&](const auto& heads) {
-        check_heads(heads, H);
-        for (index_t h = 0; h < H; ++h) {
-          const any_sparse pattern = visit_head(heads, h, H, [](const auto& p) { return kept_pattern(p); });
-          one.heads.push_back({slots, residency(pattern, positions)});
-          slots += one.heads.back().where.slots();
-        }
-      });
+      visit_layer(kept, i, [&](const auto& heads) { one.heads = slots_of_heads(heads, H, positions); });
+      const index_t slots = pool_slots(one.heads);
       one.heads_there = tensor<head_slots, 1, Space>(H);
       upload(ctx, static_cast<const head_slots*>(one.heads.data()), one.heads_there.view());
       // A pattern may keep nothing (a window of 0): one slot, never used, keeps the views given.

@@ -4,6 +4,8 @@
 // (the window is a ring and may wrap). Pure arithmetic, host and device; backends read and write caches through it
 // alone.
 
+#include <vector>
+
 #include "ratplus/pattern/schedule.hpp"
 
 namespace ratplus {
@@ -104,6 +106,25 @@ struct head_slots {
   index_t offset = 0;
   residency where;
 };
+
+/// The places of H heads in one pool, one after the other, each kept under its own pattern of `kept`.
+template <HeadPattern P>
+[[nodiscard]] std::vector<head_slots> slots_of_heads(const P& kept, index_t H, index_t positions) {
+  check_heads(kept, H);
+  std::vector<head_slots> heads;
+  index_t slots = 0;
+  for (index_t h = 0; h < H; ++h) {
+    heads.push_back(
+        {slots, residency(visit_head(kept, h, H, [](const auto& p) { return kept_pattern(p); }), positions)});
+    slots += heads.back().where.slots();
+  }
+  return heads;
+}
+
+/// Slots of such a pool.
+[[nodiscard]] inline index_t pool_slots(const std::vector<head_slots>& heads) {
+  return heads.empty() ? 0 : heads.back().offset + heads.back().where.slots();
+}
 
 /// Keys (and values) a cache under `pattern` holds for `positions` positions of one head.
 template <Pattern P>
