@@ -18,12 +18,38 @@ namespace ratplus::cpu {
 
 namespace detail {
 
-/// Asks for rows [t0, t0 + n) of a head, which are needed soon and lie pages apart, so that nothing foresees them.
-inline void prefetch(const view<const float, 4>& x, index_t b, index_t h, index_t t0, index_t n) {
-  constexpr index_t line = 64 / sizeof(float);
-  for (index_t t = t0; t < t0 + n; ++t)
-    for (index_t c = 0; c < x.extent(3); c += line) __builtin_prefetch(x.row(b, h, t) + c, 0, 2);
-}
+/// Rows [begin, end) of tensors of one head that are needed soon and lie pages apart, so that nothing foresees them: a
+/// few are asked for at a time, between arithmetic that does not wait for memory.
+template <std::size_t N>
+struct rows_ahead {
+  std::array<view<const float, 4>, N> tensors;
+  index_t b, h, begin = 0, end = 0;
+
+  RATPLUS_INLINE void ask() {
+    constexpr index_t line = 64 / sizeof(float);
+    if (begin == end) return;
+    for (const auto& x : tensors)
+      for (index_t c = 0; c < x.extent(3); c += line) __builtin_prefetch(x.row(b, h, begin) + c, 0, 2);
+    ++begin;
+  }
+  void ask_all() {
+    while (begin < end) ask();
+  }
+};
+
+/// What is asked for while the products of a group of queries are worked on.
+struct group_ahead {
+  rows_ahead<3> queries;  // q, dout and out of the next group
+  rows_ahead<4> own;      // k, v, dk and dv of this group's own keys
+
+  group_ahead(const attend_backward_args<float>& p, index_t b, index_t h)
+      : queries{{p.q, p.dout, p.out}, b, h}, own{{p.k, p.v, p.dk, p.dv}, b, h} {}
+
+  RATPLUS_INLINE void ask() {
+    queries.ask();
+    own.ask();
+  }
+};
 
 /// A tile of queries of the backward pass: adds to gathered rows of dk and dv, yields dq.
 struct backward_tile {
@@ -50,7 +76,6 @@ struct backward_tile {
     lse = take(tile_queries);
     delta = take(tile_queries);
     dq_scale = take(tile_queries);
-    for (const auto& x : {p.q, p.dout, p.out}) prefetch(x, b, h, t0, n);
     gather(p.q.row(b, h, t0), p.q.stride(2), n, d, scale, q_rows);
     gather(p.dout.row(b, h, t0), p.dout.stride(2), n, d, 1.0f, dout_rows);
     transpose_in(q_rows, padded(d), n, d, log2_e, q);
@@ -67,7 +92,7 @@ struct backward_tile {
 
   /// Adds to dk and dv, which lie like `rows`. `scratch` is for 2 · tile_keys · tile_queries floats.
   void visit(const lane_bounds& bounds, const gathered_rows& rows, const key_stretch& s, float* dk, float* dv,
-             float* scratch) {
+             float* scratch, group_ahead& ahead) {
     const index_t n = s.keys(), wide = padded(d), skip = (s.begin - rows.begin) * wide,
                   lane = s.first_pack * pack_width;
     float *const probabilities = scratch, *const dscores = scratch + tile_keys * tile_queries;  // (n, tile_queries)
@@ -75,7 +100,8 @@ struct backward_tile {
                             tile_queries, from_zero{});
     product<a_layout::rows>(n, s.packs(), d, rows.v + skip, wide, dout + lane, tile_queries, dscores + lane,
                             tile_queries, from_zero{});
-    for (index_t j = 0; j < n; ++j)
+    for (index_t j = 0; j < n; ++j) {
+      ahead.ask();
       for (index_t i = s.first_pack; i < s.last_pack; ++i) {
         const index_t at = i * pack_width;
         float *const p_at = probabilities + j * tile_queries + at, *const ds_at = dscores + j * tile_queries + at;
@@ -84,6 +110,7 @@ struct backward_tile {
         store(p_at, p);
         store(ds_at, p * (load(ds_at) - load(delta + at)));
       }
+    }
     const index_t lanes = std::min(queries, s.last_pack * pack_width) - lane;
     for (index_t c = 0; c < wide; c += block_columns) {
       const index_t columns = std::min(block_columns, wide - c) / pack_width;
@@ -107,6 +134,15 @@ struct gradient_rows {
     std::fill_n(dv + t * dv_stride, d, 0.0f);
   }
 
+  /// Packs dk_at(c) and dv_at(c) become row t, or are added to it.
+  template <class DK, class DV>
+  RATPLUS_INLINE void set(index_t t, index_t d, const DK& dk_at, const DV& dv_at) const {
+    float *const dk_row = dk + t * dk_stride, *const dv_row = dv + t * dv_stride;
+    for_each_pack(d, [&](index_t c, auto lanes) RATPLUS_INLINE_LAMBDA {
+      store(dk_row + c, dk_at(c), lanes);
+      store(dv_row + c, dv_at(c), lanes);
+    });
+  }
   template <class DK, class DV>
   RATPLUS_INLINE void add(index_t t, index_t d, const DK& more_dk, const DV& more_dv) const {
     float *const dk_row = dk + t * dk_stride, *const dv_row = dv + t * dv_stride;
@@ -169,10 +205,12 @@ void visit_own_keys(const backward_tile& tile, const attend_backward_args<float>
       const pack w(weight[r]), ds(dscore[r]), dq_factor(dscore[r] * tile.scale);
       const float* const k = p.k.row(b, h, t + r);
       float* const dq = p.dq.row(b, h, t + r);
-      if (!to.shared(t + r)) to.out.zero(t + r, d);
-      to.add(
-          t + r, [&](index_t c) RATPLUS_INLINE_LAMBDA { return ds * load(q + r * wide + c); },
-          [&](index_t c) RATPLUS_INLINE_LAMBDA { return w * load(dout + r * wide + c); });
+      const auto dk_at = [&](index_t c) RATPLUS_INLINE_LAMBDA { return ds * load(q + r * wide + c); };
+      const auto dv_at = [&](index_t c) RATPLUS_INLINE_LAMBDA { return w * load(dout + r * wide + c); };
+      if (to.shared(t + r))
+        to.sums.add(t + r, d, dk_at, dv_at);
+      else
+        to.out.set(t + r, d, dk_at, dv_at);
       for_each_pack(d, [&](index_t c, auto lanes) RATPLUS_INLINE_LAMBDA {
         store(dq + c, multiply_add(dq_factor, load(k + c, lanes), load(dq + c, lanes)), lanes);
       });
@@ -188,7 +226,7 @@ void visit_own_keys(const backward_tile& tile, const attend_backward_args<float>
 /// Queries [t0, t0 + n) of one head, n ≤ shared_tiles · tile_queries: their dq, and their share of dk and dv.
 template <Pattern P>
 void attend_tiles_backward(const attend_backward_args<float>& p, index_t b, index_t h, index_t t0, index_t n,
-                           const key_gradients<P>& to, float* scratch) {
+                           const key_gradients<P>& to, index_t next, group_ahead& ahead, float* scratch) {
   const P& pattern = to.pattern;
   const index_t d = to.d, wide = padded(d);
   const auto take = [&](index_t count) { return std::exchange(scratch, scratch + count); };
@@ -204,6 +242,9 @@ void attend_tiles_backward(const attend_backward_args<float>& p, index_t b, inde
     for (index_t i = 0; i * tile_queries < n; ++i)
       f(tiles[static_cast<std::size_t>(i)], t0 + i * tile_queries, std::min(tile_queries, n - i * tile_queries));
   };
+  ahead.queries.begin = std::max(ahead.queries.begin, t0);
+  ahead.queries.end = t0 + n;
+  ahead.queries.ask_all();
   for_each_tile([&](member& m, index_t first, index_t queries) {
     m.tile = backward_tile(p, b, h, first, queries, take(backward_tile::floats(d)));
     for (int r = 0; r < key_runs::count; ++r)
@@ -212,6 +253,8 @@ void attend_tiles_backward(const attend_backward_args<float>& p, index_t b, inde
       for (index_t t = first; t < first + queries; ++t)
         if (!to.shared(t)) to.out.zero(t, d);
   });
+  ahead.queries.begin = next, ahead.queries.end = std::min(next + n, to.queries);
+  if (tiles.front().own_run >= 0) ahead.own.begin = t0, ahead.own.end = t0 + n;
   for (int r = 0; r < key_runs::count; ++r) {
     const key_run run = tile_run(pattern, r, t0, t0 + n - 1);
     if (run.empty()) continue;
@@ -231,7 +274,7 @@ void attend_tiles_backward(const attend_backward_args<float>& p, index_t b, inde
       for_each_tile([&](member& m, index_t, index_t) {
         if (m.own_run == r) return;
         m.lanes.for_each_stretch(m.tile.packs, j, end, tile_keys, [&](const key_stretch& stretch) {
-          m.tile.visit(m.lanes, {k, v, j}, stretch, dk, dv, scores);
+          m.tile.visit(m.lanes, {k, v, j}, stretch, dk, dv, scores, ahead);
         });
       });
       for (index_t i = 0; i < end - j; ++i)
@@ -241,9 +284,8 @@ void attend_tiles_backward(const attend_backward_args<float>& p, index_t b, inde
               [&](index_t c) RATPLUS_INLINE_LAMBDA { return load(dv + i * wide + c); });
     }
   }
+  ahead.own.ask_all();
   for_each_tile([&](member& m, index_t first, index_t queries) {
-    if (m.own_run >= 0)
-      for (const auto& x : {p.k, p.v}) prefetch(x, b, h, first, queries);
     transpose_out(m.tile.dq, queries, d, m.tile.dq_scale, p.dq.row(b, h, first), p.dq.stride(2));
     if (m.own_run >= 0) visit_own_keys(m.tile, p, b, h, first, to);
   });
@@ -283,8 +325,10 @@ void attend_backward_on(context& ctx, const P& pattern, const attend_backward_ar
       const index_t used = gradients.queries;
       for (index_t t = 0; t < used; ++t)
         if (gradients.shared(t)) gradients.sums.zero(t, d);
+      group_ahead ahead(p, b, h);
       for (index_t t0 = part * queries; t0 < used; t0 += parts * queries)
-        attend_tiles_backward(p, b, h, t0, std::min(queries, used - t0), gradients, scratch);
+        attend_tiles_backward(p, b, h, t0, std::min(queries, used - t0), gradients,
+                              std::min(t0 + parts * queries, used), ahead, scratch);
       if (part == 0)
         for (const auto& x : {p.dq, p.dk, p.dv}) zero_rows(x, b, h, used, T);
     });
