@@ -83,6 +83,20 @@ class single_threaded_products {
   int eigen_ = Eigen::nbThreads(), blas_ = blas_threads();
 };
 
+/// Rows and columns of the blocks of C (M × N): enough blocks to keep a few threads evenly busy, cut so that as little
+/// as possible is packed. A block packs its rows of A and its columns of B, so all of A is packed once for every column
+/// of blocks and all of B once for every row of them.
+[[nodiscard]] inline std::pair<index_t, index_t> block_shape(index_t M, index_t N) {
+  constexpr index_t enough = 8, multiple = 16;
+  const auto piece = [](index_t n, index_t pieces) {
+    return ((n + pieces - 1) / pieces + multiple - 1) / multiple * multiple;
+  };
+  index_t row_blocks = enough;
+  for (index_t r = enough; r >= 1; r /= 2)
+    if (M * (enough / r) + N * r < M * (enough / row_blocks) + N * row_blocks) row_blocks = r;
+  return {piece(M, row_blocks), piece(N, enough / row_blocks)};
+}
+
 /// Rows [m0, m1) and columns [n0, n1) of C, which begins as the addend, += A · B.
 inline void matmul_block(const matmul_args<float>& p, index_t m0, index_t m1, index_t n0, index_t n1) {
   using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -116,12 +130,9 @@ inline void matmul_on(context& ctx, const matmul_args<float>& p) {
     });
     return;
   }
-  // Enough blocks to keep a few threads evenly busy, each large enough to pay for Eigen's packing.
-  const index_t columns = 1024, column_blocks = (N + columns - 1) / columns;
-  index_t rows = 512;
-  while (rows > 64 && (M + rows - 1) / rows * column_blocks < 8) rows /= 2;
-  const index_t row_blocks = (M + rows - 1) / rows;
-  const index_t work = 2 * std::min(M, rows) * std::min(N, columns) * K;
+  const auto [rows, columns] = block_shape(M, N);
+  const index_t row_blocks = (M + rows - 1) / rows, column_blocks = (N + columns - 1) / columns;
+  const index_t work = 2 * rows * columns * K;
   const single_threaded_products guard;
   ctx.parallel_for(row_blocks * column_blocks, work, 0, [&](index_t item, float*) {
     const index_t m0 = item % row_blocks * rows, m1 = std::min(M, m0 + rows);
