@@ -23,6 +23,21 @@ TEST_CASE("a tensor owns contiguous aligned memory and moves") {
   CHECK_THROWS_WITH(b.as(6, 6), contains("30 elements seen as 36"));
 }
 
+TEST_CASE("large tensors are aligned, wholly their own and give back what they took") {
+  constexpr index_t threshold = (index_t{16} << 20) / static_cast<index_t>(sizeof(float));
+  for (const index_t size : {threshold - 1, threshold, threshold + 1, 3 * threshold}) {
+    auto a = make_tensor<float>(size), b = make_tensor<float>(size);
+    CAPTURE(size);
+    for (auto* x : {&a, &b}) {
+      CHECK(reinterpret_cast<std::uintptr_t>(x->data()) % host_space::alignment == 0);
+      x->data()[0] = x->data()[size - 1] = x == &a ? 1.0f : 2.0f;
+    }
+    const tensor<float, 1> moved = std::move(a);
+    CHECK((moved.data()[0] == 1.0f && moved.data()[size - 1] == 1.0f));
+    CHECK((b.data()[0] == 2.0f && b.data()[size - 1] == 2.0f));
+  }
+}
+
 TEST_CASE("an empty tensor has no memory, a negative extent is an error") {
   CHECK(make_tensor<double>(0, 7).data() == nullptr);
   CHECK_THROWS_AS((make_tensor<double>(3, -1)), shape_error);

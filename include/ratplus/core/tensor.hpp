@@ -4,8 +4,13 @@
 
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <new>
 #include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "ratplus/core/error.hpp"
 #include "ratplus/core/view.hpp"
@@ -13,11 +18,30 @@
 namespace ratplus {
 
 /// A memory space hands out and takes back bytes; `allocate` throws when there are none left.
+///
+/// Large tensors ask for huge pages, where the system has them to give: rows of a head lie thousands of bytes apart,
+/// and with pages of 4 KiB finding the page would take longer than reading the row.
 struct host_space {
   static constexpr std::size_t alignment = 64;
 
-  static void* allocate(std::size_t bytes) { return ::operator new (bytes, std::align_val_t{alignment}); }
-  static void deallocate(void* data, std::size_t) noexcept { ::operator delete (data, std::align_val_t{alignment}); }
+  static void* allocate(std::size_t bytes) {
+    if (bytes < large) return ::operator new (bytes, std::align_val_t{alignment});
+    char* const pages = static_cast<char*>(::operator new (bytes + most_offset, std::align_val_t{huge_page}));
+#if defined(__linux__)
+    (void)::madvise(pages, bytes + most_offset, MADV_HUGEPAGE);
+#endif
+    // Tensors that all begin at the beginning of a page would meet in the same sets of the caches.
+    return pages + reinterpret_cast<std::uintptr_t>(pages) / huge_page % offsets * (most_offset / offsets);
+  }
+  static void deallocate(void* data, std::size_t bytes) noexcept {
+    if (bytes < large) return ::operator delete (data, std::align_val_t{alignment});
+    const auto into_page = reinterpret_cast<std::uintptr_t>(data) % huge_page;
+    ::operator delete (static_cast<char*>(data) - into_page, std::align_val_t{huge_page});
+  }
+
+ private:
+  static constexpr std::size_t huge_page = std::size_t{2} << 20, large = 8 * huge_page, offsets = 16,
+                               most_offset = offsets * 17 * alignment;
 };
 
 template <class T, int Rank, class Space = host_space>
