@@ -1,269 +1,242 @@
 #pragma once
-// The second kernel of attention's backward pass (attend_backward_sm90.cuh): tiles of keys walk the queries that see
-// them. Writes dk and dv.
+// Attention's backward pass (attend_backward_sm90.cuh), tiles of keys: they walk the queries that see them, and write
+// dk and dv.
 
-#include "ratplus/backend/cuda/detail/attend_tiles.cuh"
+#include "ratplus/backend/cuda/detail/attend_backward_tiles.cuh"
 
 namespace ratplus::cuda::detail {
 
+/// Describes row `row` of a tile of keys; the same warp 32 neighbours at a time.
 template <class Heads>
-struct backward_keys_job {
-  CUtensorMap q, dout;
-  lattices keys;
-  Heads patterns;
-  attend_shape shape;
-  tile_queue tiles;
-  int tiles_of_run[key_runs::count];  // the most that any head has
-  view<const row_statistics, 3> statistics;
-  view<bfloat16, 4> dk, dv;
-};
+__device__ inline void describe_keys(const backward_job<Heads>& job, key_tile& keys, const tile_place& at, int row) {
+  if (row == 0) static_cast<tile_place&>(keys) = at;
+  int r = 0, number = at.number - job.tiles.order.query_tiles;
+  while (number >= job.tiles_of_run[r]) number -= job.tiles_of_run[r++];
+  int position = -1, first = job.shape.T, end = 0;
+  job.patterns.visit(at.h, [&](const auto& pattern) {
+    const int sinks = joined_sinks(pattern);
+    if (r == window_run && sees_own_key_alone(pattern)) return;
+    if (r == 0 && sinks > 0) return;
+    const key_run along = pattern.keys(0)[r];
+    const bool joined = r == 1 && sinks > 0;
+    if (row == 0) {
+      keys.lattice = job.keys.find(along);
+      keys.sinks = joined ? sinks : 0;
+    }
+    const int index = number * tile_rows + row - (joined ? sink_rows : 0);
+    const index_t k = index < 0 ? sinks + index : along.begin % along.step + index * along.step;
+    if (k < 0) return;
+    if (k >= job.shape.T) return;
+    const index_t last = pattern.last_query(k, k < at.used ? at.used : job.shape.T);
+    const key_run owner = pattern.keys(last)[index < 0 ? 0 : r];
+    if (!owner.bounds(k) || (k - owner.begin) % owner.step != 0) return;
+    position = static_cast<int>(k);
+    if (k < at.used) {
+      first = position;
+      end = static_cast<int>(last) + 1;
+    }
+  });
+  if (row == 0) keys.first_index = number * tile_rows;
+  keys.position[row] = position;
+  keys.queries[row] = {first, end > first ? end : first};
+  const int least = __reduce_min_sync(~0u, first), most = __reduce_max_sync(~0u, first);
+  const int least_end = __reduce_min_sync(~0u, end), most_end = __reduce_max_sync(~0u, end);
+  if (row % 32 == 0) keys.warp[row / 32] = {least, most, least_end, most_end};
+}
 
-/// The queries of a tile of keys: of each key, and of each 32 keys.
-struct key_tile : tile_place {
-  lattice_range queries[tile_rows];  // positions
-  struct {
-    int first, last_first, first_end, end;  // the least and greatest of the ranges' begins and ends
-  } warp[4];
-  int position[tile_rows];  // of the keys this tile owns; −1 for others
-  int lattice;              // of the keys
-  int first_index;          // of the keys, on it
-  int sinks;                // that have joined it, as in row_bounds
+/// Waits until tiles of queries are finished, in falling order of their numbers.
+class finished_tiles {
+ public:
+  __device__ finished_tiles(const unsigned* counters, int end) : counters_(counters), first_(end) {}
 
-  [[nodiscard]] __device__ int first(int w0, int w1) const {
-    int x = warp[w0].first;
-    for (int w = w0 + 1; w < w1; ++w) x = min(x, warp[w].first);
-    return x;
+  /// Returns when all from `tile` on are.
+  __device__ void wait(int tile) {
+    if (tile >= first_) return;
+    while (first_ > tile) {
+      constexpr int some = 4;  // at a time: looking takes a while
+      unsigned groups[some];
+#pragma unroll
+      for (int i = 0; i < some; ++i) groups[i] = hopper::load_counter(counters_ + max(first_ - 1 - i, 0));
+#pragma unroll
+      for (int i = 0, more = 1; i < some; ++i) {
+        more = more && groups[i] == 2 && first_ > 0;
+        first_ -= more;
+      }
+    }
+    hopper::acquire_counted();
   }
-  [[nodiscard]] __device__ int end(int w0, int w1) const {
-    int x = warp[w0].end;
-    for (int w = w0 + 1; w < w1; ++w) x = max(x, warp[w].end);
-    return x;
-  }
+
+ private:
+  const unsigned* counters_;
+  int first_;
 };
 
-template <int D>
-struct backward_keys_memory {
-  static constexpr int tile = tile_rows * D * 2, step = step_rows * D * 2;  // bytes
-  static constexpr int stages = 4, statistics_bytes = step_rows * static_cast<int>(sizeof(row_statistics));
-  static constexpr int k = 0, v = tile, q = 2 * tile, dout = q + stages * step, statistics = dout + stages * step,
-                       tiles = statistics + stages * statistics_bytes;
-  static constexpr int bytes = tiles + static_cast<int>(sizeof(key_tile[2])) + 1024;  // 1024: alignment
-};
+/// The order of a tile's items: k and v of each group, then q and dout of each step.
+template <int D, class Heads>
+__device__ inline void load_keys_and_queries(const backward_job<Heads>& job, const backward_block<D>& block,
+                                             const key_tile& keys, slot_pool<D>& pool) {
+  using namespace hopper;
+  using memory = backward_memory<D>;
+  const int b = keys.b, h = keys.h, first = keys.first(0, 4) / step_rows * step_rows, end = keys.end(0, 4);
+  int left = first < end ? (end - first + step_rows - 1) / step_rows : 0;
+  if (left == 0) return block.at.claimable.arrive();
+  const lattice& from = job.keys.at[keys.lattice];
+  for (int start = keys.first_index; start < keys.first_index + tile_rows; start += step_rows)
+    pool.load(
+        block, 0,
+        [&](int slot, barrier& full) {
+          load_keys<D, step_rows>(block.rows(slot), from.k, job.keys.k_sinks, keys.sinks, full, start, h, b);
+        },
+        [&](int slot, barrier& full) {
+          load_keys<D, step_rows>(block.rows(slot), from.v, job.keys.v_sinks, keys.sinks, full, start, h, b);
+        });
+  finished_tiles finished(job.finished_of(b, h), (end + tile_rows - 1) / tile_rows);
+  if (left < claimed_ahead) block.at.claimable.arrive();
+  for (int t = first + (left - 1) * step_rows; left > 0; t -= step_rows, --left) {
+    if (left == claimed_ahead) block.at.claimable.arrive();
+    finished.wait(t / tile_rows);
+    pool.load(
+        block, memory::statistics_bytes,
+        [&](int slot, barrier& full) {
+          load_tile<D, step_rows>(block.rows(slot), job.q, full, t, h, b);
+          load_bytes(block.statistics(slot), &job.statistics(b, h, t), memory::statistics_bytes, full);
+        },
+        [&](int slot, barrier& full) { load_tile<D, step_rows>(block.rows(slot), job.dout, full, t, h, b); });
+  }
+}
 
 template <int D, class Heads>
-__global__ __launch_bounds__(3 * hopper::group_threads,
-                             1) void attend_backward_keys_sm90(const __grid_constant__ backward_keys_job<Heads> job) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ inline void compute_keys(const backward_job<Heads>& job, const backward_block<D>& block,
+                                    const key_tile& keys, typename backward_block<D>::item_place& items, int group,
+                                    int thread) {
   using namespace hopper;
-  using memory = backward_keys_memory<D>;
-  constexpr int k_panel = tile_rows * row_bytes, q_panel = step_rows * row_bytes;
-  __shared__ barrier described[2], tile_empty[2], kv_full, kv_empty, q_full[memory::stages], q_empty[memory::stages];
-  char* const base = shared_tiles();
-  auto& tiles = *reinterpret_cast<key_tile(*)[2]>(base + memory::tiles);
+  constexpr int panel = step_rows * row_bytes;
   const attend_shape& shape = job.shape;
+  group = computed_here(group), thread = computed_here(thread);
+  const int lane = thread % 32, first_row = thread / 32 * 16, row = 64 * group + first_row + lane / 4;
+  const int group_id = 4 + group;
+  const float scale = shape.scale * log2_e;
+  const int b = keys.b, h = keys.h, used = keys.used;
+  const int all_first = keys.first(0, 4) / step_rows * step_rows, all_end = keys.end(0, 4);
+  const int first = keys.first(2 * group, 2 * group + 2), end = keys.end(2 * group, 2 * group + 2);
+  const int full_first = max(keys.warp[2 * group].last_first, keys.warp[2 * group + 1].last_first);
+  const int full_end = min(keys.warp[2 * group].first_end, keys.warp[2 * group + 1].first_end);
+  const bool any = all_first < all_end;
+  const auto [k_slot, v_slot] = any ? block.take_of_two(items, group) : slot_pair{0, 0};
+  float dk[D / 2] = {}, dv[D / 2] = {};
 
-  constexpr int describing = 96;  // threads
-  if (threadIdx.x == 0) {
-    for (barrier& x : described) x.init(describing);
-    for (barrier& x : tile_empty) x.init(9);  // the computing warps and the loading thread
-    kv_full.init(1);
-    kv_empty.init(8);
-    for (barrier& x : q_full) x.init(1);
-    for (barrier& x : q_empty) x.init(8);
-    publish_barriers();
-  }
-  __syncthreads();
+  struct {
+    int q0, q, dout;  // first query, slots
+  } step = {(all_end - 1) / step_rows * step_rows + step_rows, 0, 0};
+  // The next step of which this group sees anything; others are given back unread.
+  const auto next = [&] {
+    while (any && step.q0 > all_first) {
+      const slot_pair slots = block.take(items);
+      step = {step.q0 - step_rows, slots.first, slots.second};
+      if (step.q0 + step_rows > first && step.q0 < end) return true;
+      block.release(step.q, lane);
+      block.release(step.dout, lane);
+    }
+    return false;
+  };
 
-  const int group = static_cast<int>(threadIdx.x) / group_threads - 1;  // −1 copies
-  const int thread = static_cast<int>(threadIdx.x) % group_threads, lane = thread % 32;
-  ring_place<2> tile;
-  ring_place<1> kv;
-  ring_place<memory::stages> query;
-
-  if (group < 0) {
-    give_registers<40>();
-    if (thread >= 32) {
-      describe_tiles<describing>(
-          job.tiles, shape, tiles, described, tile_empty, thread - 32,
-          [&](key_tile& keys, const tile_place& at, int row) {
-            int r = 0, number = job.tiles.order.tiles - 1 - at.number;
-            while (number >= job.tiles_of_run[r]) number -= job.tiles_of_run[r++];
-            int position = -1, first = shape.T, end = 0;
-            job.patterns.visit(at.h, [&](const auto& pattern) {
-              const int sinks = joined_sinks(pattern);
-              if (r == window_run && sees_own_key_alone(pattern)) return;
-              if (r == 0 && sinks > 0) return;
-              const key_run along = pattern.keys(0)[r];
-              const bool joined = r == 1 && sinks > 0;
-              if (row == 0) {
-                keys.lattice = job.keys.find(along);
-                keys.sinks = joined ? sinks : 0;
-              }
-              const int index = number * tile_rows + row - (joined ? sink_rows : 0);
-              const index_t k = index < 0 ? sinks + index : along.begin % along.step + index * along.step;
-              if (k < 0) return;
-              if (k >= shape.T) return;
-              const index_t last = pattern.last_query(k, k < at.used ? at.used : shape.T);
-              const key_run owner = pattern.keys(last)[index < 0 ? 0 : r];
-              if (!owner.bounds(k) || (k - owner.begin) % owner.step != 0) return;
-              position = static_cast<int>(k);
-              if (k < at.used) {
-                first = position;
-                end = static_cast<int>(last) + 1;
-              }
-            });
-            if (row == 0) keys.first_index = number * tile_rows;
-            keys.position[row] = position;
-            keys.queries[row] = {first, end > first ? end : first};
-            const int least = __reduce_min_sync(~0u, first), most = __reduce_max_sync(~0u, first);
-            const int least_end = __reduce_min_sync(~0u, end), most_end = __reduce_max_sync(~0u, end);
-            if (row % 32 == 0) keys.warp[row / 32] = {least, most, least_end, most_end};
-          });
-    } else if (thread == 0) {
-      for (bool more = true; more; tile.advance()) {
-        described[tile.stage].wait(tile.parity);
-        const key_tile& keys = tiles[tile.stage];
-        const int b = keys.b, h = keys.h;
-        more = keys.next < job.tiles.order.count();
-        const int q_first = keys.first(0, 4) / step_rows * step_rows, q_end = keys.end(0, 4);
-        if (q_first < q_end) {
-          const lattice& from = job.keys.at[keys.lattice];
-          kv_empty.wait(kv.parity ^ 1);
-          kv_full.arrive_expecting(2 * memory::tile);
-          load_keys<D, tile_rows>(base + memory::k, from.k, job.keys.k_sinks, keys.sinks, kv_full, keys.first_index, h,
-                                  b);
-          load_keys<D, tile_rows>(base + memory::v, from.v, job.keys.v_sinks, keys.sinks, kv_full, keys.first_index, h,
-                                  b);
-          kv.advance();
-        }
-        for (int q0 = (q_end - 1) / step_rows * step_rows; q_first < q_end && q0 >= q_first;
-             q0 -= step_rows, query.advance()) {
-          barrier& full = q_full[query.stage];
-          q_empty[query.stage].wait(query.parity ^ 1);
-          full.arrive_expecting(2 * memory::step + memory::statistics_bytes);
-          load_tile<D, step_rows>(base + memory::q + query.stage * memory::step, job.q, full, q0, h, b);
-          load_tile<D, step_rows>(base + memory::dout + query.stage * memory::step, job.dout, full, q0, h, b);
-          load_bytes(base + memory::statistics + query.stage * memory::statistics_bytes, &job.statistics(b, h, q0),
-                     memory::statistics_bytes, full);
-        }
-        tile_empty[tile.stage].arrive();
+  for (bool more = next(); more;) {
+    const auto [q0, q_slot, dout_slot] = step;
+    char *const q = block.rows(q_slot), *const dout = block.rows(dout_slot);
+    if (shape.length && q0 + step_rows > used) {
+      zero_rows<D, step_rows>(q, used - q0, thread, group_id);
+      zero_rows<D, step_rows>(dout, used - q0, thread, group_id);
+    }
+    const std::uint64_t k_rows = operand(block.rows(computed_here(k_slot))),
+                        v_rows = operand(block.rows(computed_here(v_slot)));
+    const std::uint64_t q_rows = operand(q, panel), dout_rows = operand(dout, panel);
+    float s[32], dp[32];
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c)
+      product(s, advanced(k_rows, c / 4 * panel + c % 4 * 32), advanced(q_rows, c / 4 * panel + c % 4 * 32), c > 0);
+    wgmma_commit();
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c)
+      product(dp, advanced(v_rows, c / 4 * panel + c % 4 * 32), advanced(dout_rows, c / 4 * panel + c % 4 * 32), c > 0);
+    wgmma_commit();
+    more = next();
+    wgmma_wait<1>();
+    pin(s);
+    if (full_first > q0 || full_end < q0 + step_rows) mask_columns(s, keys.queries, row, q0, lane);
+    // Columns 8j + 2(lane % 4) and the next: both rows' statistics lie beside each other.
+    const auto* const statistics = reinterpret_cast<const float4*>(block.statistics(q_slot)) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float4 pair = statistics[4 * j];
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        s[4 * j + half] = exp2_fast(s[4 * j + half] * scale - pair.x);
+        s[4 * j + half + 1] = exp2_fast(s[4 * j + half + 1] * scale - pair.z);
       }
     }
-  } else {
-    take_registers<232>();
-    const int row = 64 * group + thread / 32 * 16 + lane / 4, group_id = 4 + group;
-    const float scale = shape.scale * log2_e;
-    const std::uint64_t k_rows = operand(base + memory::k + 64 * group * row_bytes);
-    const std::uint64_t v_rows = operand(base + memory::v + 64 * group * row_bytes);
-    const auto release = [&](barrier& empty) {
-      if (lane == 0) empty.arrive();
-    };
-
-    for (bool more = true; more; tile.advance()) {
-      described[tile.stage].wait(tile.parity);
-      const key_tile& keys = tiles[tile.stage];
-      const int b = keys.b, h = keys.h, used = keys.used;
-      more = keys.next < job.tiles.order.count();
-      const int all_first = keys.first(0, 4) / step_rows * step_rows, all_end = keys.end(0, 4);
-      const int first = keys.first(2 * group, 2 * group + 2), end = keys.end(2 * group, 2 * group + 2);
-      const int full_first = max(keys.warp[2 * group].last_first, keys.warp[2 * group + 1].last_first);
-      const int full_end = min(keys.warp[2 * group].first_end, keys.warp[2 * group + 1].first_end);
-      float dk[D / 2] = {}, dv[D / 2] = {};
-
-      if (all_first < all_end) {
-        kv_full.wait(kv.parity);
-        kv.advance();
-        for (int q0 = (all_end - 1) / step_rows * step_rows; q0 >= all_first; q0 -= step_rows, query.advance()) {
-          const int stage = query.stage;
-          q_full[stage].wait(query.parity);
-          const bool last = q0 == all_first;
-          if (q0 + step_rows <= first || q0 >= end) {  // nothing for this group's keys
-            if (last) release(kv_empty);
-            release(q_empty[stage]);
-            continue;
-          }
-          char* const q = base + memory::q + stage * memory::step;
-          char* const dout = base + memory::dout + stage * memory::step;
-          if (shape.length && q0 + step_rows > used) {
-            zero_rows<D, step_rows>(q, used - q0, thread, group_id);
-            zero_rows<D, step_rows>(dout, used - q0, thread, group_id);
-          }
-          const std::uint64_t q_rows = operand(q, q_panel), dout_rows = operand(dout, q_panel);
-          float s[32], dp[32];
-          wgmma_fence();
+    wgmma_wait<0>();
+    pin(dp);
 #pragma unroll
-          for (int c = 0; c < D / 16; ++c)
-            product(s, advanced(k_rows, c / 4 * k_panel + c % 4 * 32), advanced(q_rows, c / 4 * q_panel + c % 4 * 32),
-                    c > 0);
-          wgmma_commit();
+    for (int j = 0; j < 8; ++j) {
+      const float4 pair = statistics[4 * j];
 #pragma unroll
-          for (int c = 0; c < D / 16; ++c)
-            product(dp, advanced(v_rows, c / 4 * k_panel + c % 4 * 32),
-                    advanced(dout_rows, c / 4 * q_panel + c % 4 * 32), c > 0);
-          wgmma_commit();
-          wgmma_wait<1>();
-          pin(s);
-          if (full_first > q0 || full_end < q0 + step_rows) mask_columns(s, keys.queries, row, q0, lane);
-          // Columns 8j + 2(lane % 4) and the next: both rows' statistics lie beside each other.
-          const auto* const statistics =
-              reinterpret_cast<const float4*>(base + memory::statistics + stage * memory::statistics_bytes) + lane % 4;
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float4 pair = statistics[4 * j];
-#pragma unroll
-            for (int half = 0; half < 4; half += 2) {
-              s[4 * j + half] = exp2_fast(s[4 * j + half] * scale - pair.x);
-              s[4 * j + half + 1] = exp2_fast(s[4 * j + half + 1] * scale - pair.z);
-            }
-          }
-          wgmma_wait<0>();
-          pin(dp);
-          if (last) release(kv_empty);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float4 pair = statistics[4 * j];
-#pragma unroll
-            for (int half = 0; half < 4; half += 2) {
-              dp[4 * j + half] = s[4 * j + half] * (dp[4 * j + half] - pair.y);
-              dp[4 * j + half + 1] = s[4 * j + half + 1] * (dp[4 * j + half + 1] - pair.w);
-            }
-          }
-          std::uint32_t prob[4][4], ds[4][4];
-          round_fragment(s, prob);
-          round_fragment(dp, ds);
-          wgmma_fence();
-#pragma unroll
-          for (int c = 0; c < 4; ++c) product<true>(dv, prob[c], advanced(dout_rows, c * 16 * row_bytes), true);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) product<true>(dk, ds[c], advanced(q_rows, c * 16 * row_bytes), true);
-          wgmma_commit();
-          wgmma_wait<0>();
-          pin(dv);
-          pin(dk);
-          release(q_empty[stage]);
-        }
+      for (int half = 0; half < 4; half += 2) {
+        dp[4 * j + half] = s[4 * j + half] * (dp[4 * j + half] - pair.y);
+        dp[4 * j + half + 1] = s[4 * j + half + 1] * (dp[4 * j + half + 1] - pair.w);
       }
-      // Neighbouring rows may belong to other tiles, so each row is written by itself.
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = keys.position[row + 8 * half];
-        if (t < 0) continue;
-        const bool keep = t < used;
-        bfloat16 *const dk_row = job.dk.row(b, h, t), *const dv_row = job.dv.row(b, h, t);
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-          const int c = 8 * j + 2 * (lane % 4), x = 4 * j + 2 * half;
-          if (c >= job.dk.extent(3)) continue;
-          *reinterpret_cast<std::uint32_t*>(dk_row + c) =
-              keep ? rounded_pair(dk[x] * shape.scale, dk[x + 1] * shape.scale) : 0;
-          *reinterpret_cast<std::uint32_t*>(dv_row + c) = keep ? rounded_pair(dv[x], dv[x + 1]) : 0;
-        }
-      }
-      __syncwarp();
-      release(tile_empty[tile.stage]);
     }
+    std::uint32_t prob[4][4], ds[4][4];
+    round_fragment(s, prob);
+    round_fragment(dp, ds);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) product<true>(dv, prob[c], advanced(dout_rows, c * 16 * row_bytes), true);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) product<true>(dk, ds[c], advanced(q_rows, c * 16 * row_bytes), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(dv);
+    pin(dk);
+    block.release(q_slot, lane);
+    block.release(dout_slot, lane);
   }
-#endif
+
+  // By way of the warp's own rows of k and v. Neighbouring rows may belong to other tiles, so each is written by
+  // itself.
+  char *const k = block.rows(k_slot), *const v = block.rows(v_slot);
+  if (any) {
+    const block_rows<step_rows> dk_blocks(k, first_row, lane), dv_blocks(v, first_row, lane);
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+      const auto store = [&](std::uint32_t at, const float(&x)[D / 2], float by) {
+        store_blocks(
+            at, rounded_pair(x[8 * c] * by, x[8 * c + 1] * by), rounded_pair(x[8 * c + 2] * by, x[8 * c + 3] * by),
+            rounded_pair(x[8 * c + 4] * by, x[8 * c + 5] * by), rounded_pair(x[8 * c + 6] * by, x[8 * c + 7] * by));
+      };
+      store(dk_blocks[c], dk, shape.scale);
+      store(dv_blocks[c], dv, 1.0f);
+    }
+    __syncwarp();
+  }
+  constexpr int chunks = D / 8;
+  const int chunk = lane % chunks;
+#pragma unroll 2
+  for (int i = lane / chunks; i < 16; i += 32 / chunks) {
+    const int t = keys.position[64 * group + first_row + i], at = chunk_offset(step_rows, first_row + i, chunk);
+    if (t < 0 || 8 * chunk >= job.dk.extent(3)) continue;
+    const uint4 none = {0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(job.dk.row(b, h, t) + 8 * chunk) =
+        any && t < used ? *reinterpret_cast<const uint4*>(k + at) : none;
+    *reinterpret_cast<uint4*>(job.dv.row(b, h, t) + 8 * chunk) =
+        any && t < used ? *reinterpret_cast<const uint4*>(v + at) : none;
+  }
+  fence_async_proxy();
+  __syncwarp();
+  if (any) {
+    block.release_own_by_warp(k_slot, lane);
+    block.release_own_by_warp(v_slot, lane);
+  }
 }
 
 }  // namespace ratplus::cuda::detail

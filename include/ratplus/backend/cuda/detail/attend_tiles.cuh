@@ -40,8 +40,9 @@ struct tile_order {
 /// Gives tiles out one by one, so that no block waits for another's heavier ones. A block's first tile has its own
 /// number; then it takes the next that nobody has taken. count() tickets are taken in all, the last of every block
 /// being the one that tells it to stop, after which the counter is zero again.
-struct tile_queue {
-  tile_order order;
+template <class Order>
+struct queue_of {
+  Order order;
   unsigned* taken;  // one of the context's counters
 
   /// count() or more: there are no more tiles. One thread of a block asks.
@@ -50,8 +51,11 @@ struct tile_queue {
   }
 };
 
+using tile_queue = queue_of<tile_order>;
+
 /// Blocks that share the tiles of `order`, at least one each.
-[[nodiscard]] inline int blocks_of(const context& ctx, const tile_order& order) {
+template <class Order>
+[[nodiscard]] int blocks_of(const context& ctx, const Order& order) {
   return std::min(ctx.multiprocessors(), order.count());
 }
 
@@ -240,6 +244,15 @@ struct tile_walk {
   }
 };
 
+/// How many tiles that walk has in runs before `end`.
+template <int Keys, int Runs>
+[[nodiscard]] __device__ inline int steps_of(const row_bounds<Runs>& rows, int end) {
+  int steps = 0;
+  for (int run = 0; run < end; ++run)
+    steps += (max(rows.at[run][tile_rows - 1].end - rows.first(run), 0) + Keys - 1) / Keys;
+  return steps;
+}
+
 /// Products and positions of one attention call that all its kernels read.
 struct attend_shape {
   int B, H, T;
@@ -371,48 +384,6 @@ __device__ inline void load_keys(char* to, const lattice_rows& from, const CUten
   for (int c = 0; c < D; c += hopper::panel_channels) {
     hopper::load_panel(to + c * Rows * 2, sinks, full, c, joined - sink_rows, h, b);
     hopper::load_panel(to + c * Rows * 2 + sink_rows * hopper::row_bytes, from.rest, full, c, 0, h, b);
-  }
-}
-
-/// The stage of a tile whose results are being stored from its shared memory, so that nobody need wait for it at once.
-struct stores_under_way {
-  static constexpr int none = -1;
-  int stage = none;
-
-  /// Tells those who wait for the stage.
-  __device__ void finish(hopper::barrier (&empty)[2]) {
-    if (stage == none) return;
-    hopper::wait_stores_read();
-    empty[stage].arrive();
-    stage = none;
-  }
-};
-
-/// Stores a warp group's 64 × D fragment, rows scaled by `scale` or zeroed unless `keep`, to rows t0 + 64 group … of
-/// head h, sequence b, by way of its half of `tile`, a tile of 128 rows that it has no more use for. The tile's
-/// stage is then under way.
-template <int D>
-__device__ inline void store_rows(const float (&x)[D / 2], const float (&scale)[2], const bool (&keep)[2], char* tile,
-                                  const CUtensorMap& map, stores_under_way& stores, int stage, int t0, int T, int h,
-                                  int b, int group, int thread, int barrier_id) {
-  using namespace hopper;
-  const int here = computed_here(thread), lane = here % 32, row = 64 * group + here / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int c = 0; c < D / 16; ++c) {
-    std::uint32_t word[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      word[j] = keep[j & 1] ? rounded_pair(x[8 * c + 2 * j] * scale[j & 1], x[8 * c + 2 * j + 1] * scale[j & 1]) : 0;
-    store_blocks(tile + chunk_offset(tile_rows, row, 2 * c + lane / 16), word[0], word[1], word[2], word[3]);
-  }
-  fence_async_proxy();
-  sync_threads(barrier_id, group_threads);
-  if (thread == 0) {
-    if (const int t = t0 + 64 * group; t < T)
-      for (int c = 0; c < D; c += panel_channels)
-        store_panel(map, tile + c * tile_rows * 2 + 64 * group * row_bytes, c, t, h, b);
-    commit_stores();
-    stores.stage = stage;
   }
 }
 

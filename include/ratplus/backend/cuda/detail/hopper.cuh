@@ -101,9 +101,28 @@ struct barrier {
   __device__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
+  /// The same for `count` threads.
+  __device__ void arrive(int count) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(count) : "memory");
+  }
   __device__ void arrive_expecting(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
+  }
+  /// Announces bytes before the arrival.
+  __device__ void expect(int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                 : "memory");
+  }
+  /// Whether the phase of the given parity has completed.
+  [[nodiscard]] __device__ bool done(int parity) {
+    std::uint32_t yes;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(yes)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return yes != 0;
   }
   /// Returns when the phase of the given parity has completed. Threads that wait may sleep this many nanoseconds before
   /// they look again: looking all the time takes turns from those who compute.
@@ -167,8 +186,26 @@ __device__ inline void store_panel(const CUtensorMap& map, const void* from, int
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /// Returns when this thread's committed stores have read their shared memory.
 __device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+/// Returns when this thread's committed stores are in global memory.
+__device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 /// Makes this thread's ordinary writes to shared memory visible to the copy engine and to wgmma.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Adds one to a counter in global memory. Whoever has seen it there sees what this thread has written, or has seen of
+/// others.
+__device__ inline void release_increment(unsigned* counter) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
+               : "memory");
+}
+/// A counter that others add to.
+[[nodiscard]] __device__ inline unsigned load_counter(const unsigned* counter) {
+  unsigned x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(counter)) : "memory");
+  return x;
+}
+/// After counters were seen to be where they should: then this thread, and the copy engine for it, may read what was
+/// counted.
+__device__ inline void acquire_counted() { asm volatile("fence.acq_rel.gpu;\nfence.proxy.async;" ::: "memory"); }
 
 /// x, unknown to the compiler: what is computed from it is computed where it is used, and not once before a long loop
 /// to be kept in registers that the loop then lacks.
@@ -293,6 +330,13 @@ __device__ inline void product(float (&d)[Size], const std::uint32_t (&a)[4], st
 [[nodiscard]] __device__ inline std::uint32_t rounded_pair(float low, float high) {
   std::uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+/// Products of two pairs of bfloat16, rounded.
+[[nodiscard]] __device__ inline std::uint32_t product_of_pairs(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t word;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 }
 
