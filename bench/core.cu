@@ -62,6 +62,7 @@ int main() try {
     double rate = 0;  // FLOPs a millisecond
     for (const char* text : {"dense", "dilated:16", "dilated:64", "dilated:16+local:256"}) {
       const any_sparse pattern = parse_pattern(text);
+      rest();
       const double ms = milliseconds(ctx, T > 100000 ? 3 : 9, [&] { c.run(ctx, pattern); });
       const auto flops = static_cast<double>(attention_flops(pattern, T, c.B * H, d));
       if (pattern.dense()) rate = flops / ms;

@@ -3,7 +3,9 @@
 // compared with, and random data made where it is needed.
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <thread>
 #include <vector>
 
 #include "ratplus/cuda.cuh"
@@ -37,6 +39,10 @@ double milliseconds(device_context& ctx, int repeats, F&& f) {
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }
+
+/// A pause before a measurement, whatever is measured. A device that has just multiplied matrices for a second is held
+/// at lower clocks by its power limit for a while after: attention that takes 2.5 ms took 2.9 right after dense.
+inline void rest() { std::this_thread::sleep_for(std::chrono::milliseconds(300)); }
 
 template <class T>
 __global__ void random_kernel(T* x, index_t n, unsigned seed, float deviation) {
