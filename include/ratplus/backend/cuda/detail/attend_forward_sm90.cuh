@@ -3,13 +3,14 @@
 //
 //     S = q kᵀ     P = e^{S/√d − m}     out = P v / Σ P     with running maxima m (softmax in one pass over the keys)
 //
-// One thread block per multiprocessor works through tiles of 128 queries. Its first warp group copies: two warps work
-// out which keys each query of the next tiles sees, one feeds queries and tiles of 128 keys into rings, one values. A
-// run of every D-th key is a tensor map whose row stride is D rows, so that sparse and dense tiles are the same to
-// everything that follows. Two warp groups compute, 64 queries each. What they do is one sequence of steps, each a tile
-// of keys, through all tiles of queries: the scores of a step are multiplied while the values of the step before are,
-// also when that one belongs to another tile of queries. Only steps that some row sees in part are masked, by the two
-// bounds of each row.
+// One thread block per multiprocessor works through tiles of 192 queries. Its first warp group copies: two warps work
+// out which keys each query of the next tiles sees, one feeds steps of 128 or 64 keys into a ring, one queries and
+// values. A run of every D-th key is a tensor map whose row stride is D rows, so that sparse and dense tiles are the
+// same to everything that follows. Three warp groups compute, 64 queries each, every one on its own: scores, softmax,
+// products with the values, one after the other. A warp that issues a product waits for the tensor cores, so that there
+// is little to gain from overlapping the two inside a group; while one group does the one, the others do the other.
+// Each group leaves out the steps, and the halves of steps, that none of its rows sees, and masks only what some row
+// sees in part, by the two bounds of each row.
 
 #include "ratplus/backend/cuda/detail/attend_tiles.cuh"
 
@@ -28,59 +29,98 @@ struct forward_job {
   view<float, 3> lse;  // (B, H, T), absent: not wanted
 };
 
-template <int D, int Runs>
+/// Groups of 64 queries, and those of a tile; what the copy engine moves at once.
+inline constexpr int forward_groups = 3, forward_rows = 64 * forward_groups, forward_box = 64;
+
+/// Keys of a step: 128, with which each key costs least; or 64 for queries that see few keys beside their own and wait
+/// for memory rather than for products, since the smaller tiles leave room for the queries of the next tile.
+template <int D, int Keys, int Runs>
 struct forward_memory {
-  static constexpr int tile = tile_rows * D * 2;                           // bytes of 128 rows
-  static constexpr int stages = D == 128 ? 2 : 4;                          // of keys, and of values
-  static constexpr int described = Runs == key_runs::count ? 3 : 2;        // tiles
-  static constexpr int results = tile_rows / 16 * 16 * hopper::row_bytes;  // a panel of every warp's 16 rows
-  static constexpr int q = 0, k = 2 * tile, v = k + stages * tile, out = v + stages * tile, bounds = out + results;
-  static constexpr int bytes = bounds + static_cast<int>(sizeof(row_bounds<Runs>[described])) + 1024;  // alignment
+  static constexpr int q_group = 64 * D * 2, q_tile = forward_groups * q_group, step = Keys * D * 2;  // bytes
+  static constexpr int queries = Keys == 128 ? 1 : 2;                                                 // stages
+  static constexpr int stages = (Keys == 128 ? 2 : 3) * 128 / D;                    // of keys, and of values
+  static constexpr int described = Keys == 128 && Runs == key_runs::count ? 3 : 2;  // tiles
+  static constexpr int results = forward_rows * hopper::row_bytes;                  // a panel of every warp's 16 rows
+  static constexpr int q = 0, k = queries * q_tile, v = k + stages * step, out = v + stages * step,
+                       bounds = out + results;
+  static constexpr int bytes =
+      bounds + static_cast<int>(sizeof(row_bounds<Runs, forward_rows>[described])) + 1024;  // alignment
 };
 
-template <int Stages, int Described>
+template <int Queries, int Stages, int Described>
 struct forward_barriers {
-  hopper::barrier described[Described], forgotten[Described], q_full[2], q_empty[2];
+  hopper::barrier described[Described], forgotten[Described];
+  hopper::barrier q_full[Queries][forward_groups], q_empty[Queries][forward_groups];
   hopper::barrier k_full[Stages], k_empty[Stages], v_full[Stages], v_empty[Stages];
-};
-
-/// The number of a use of a ring of Stages buffers: one register where ring_place takes two.
-template <int Stages>
-struct ring_count {
-  unsigned number = 0;
-
-  [[nodiscard]] __device__ unsigned stage() const { return number % Stages; }
-  __device__ void wait(hopper::barrier (&full)[Stages]) const {
-    full[stage()].wait(static_cast<int>(number / Stages % 2));
-  }
 };
 
 /// The steps of a tile: the tiles of keys that tile_walk finds. A tile whose queries see nothing, or nothing but their
 /// own keys, gets one more that nobody sees, so that every tile has products.
-template <int Runs>
-struct forward_walk : tile_walk<tile_rows, Runs> {
+template <int Keys, int Runs>
+struct forward_walk : tile_walk<Keys, Runs, forward_rows> {
+  using walk_t = tile_walk<Keys, Runs, forward_rows>;
+  using rows_t = row_bounds<Runs, forward_rows>;
   bool products = false;
-  int end = 0;  // how many of the step's keys any row may see
 
-  __device__ bool next(const row_bounds<Runs>& rows) {
-    end = tile_rows;
-    if (this->start - tile_rows >= this->first && this->run < Runs) {
-      this->start -= tile_rows;
-      return true;
-    }
-    const bool more = tile_walk<tile_rows, Runs>::next(rows);
-    if (more) {
+  __device__ bool next(const rows_t& rows) {
+    if (walk_t::next(rows)) {
       products = products || !at_own(rows);
-      end = rows.at[this->run][tile_rows - 1].end - this->start;
       return true;
     }
     if (products) return false;
-    this->run = this->first = this->start = end = 0;
+    this->run = this->first = this->start = 0;
     return products = true;
   }
-  /// Whether this is the step of the rows' own keys.
-  [[nodiscard]] __device__ bool at_own(const row_bounds<Runs>& rows) const {
-    return rows.own && this->run == rows.window;
+  /// How many of the step's keys are wanted: of the rows' own, none beyond the tile.
+  [[nodiscard]] __device__ int wanted(const rows_t& rows) const {
+    return at_own(rows) && this->start + Keys > this->first + forward_rows ? forward_box : Keys;
+  }
+  /// Whether this is a step of the rows' own keys.
+  [[nodiscard]] __device__ bool at_own(const rows_t& rows) const { return rows.own && this->run == rows.window; }
+};
+
+/// The same steps for a group of 64 rows from first_row on, without those that none of them sees; the last step of a
+/// tile that has no others for them.
+template <int Keys, int Runs>
+struct group_walk {
+  using rows_t = row_bounds<Runs, forward_rows>;
+  int run = Runs, start = 0;  // of the step
+  int last = 0, after = 0;    // start of the run's last step that the group sees, and how many steps follow that
+  bool any = false;
+
+  /// Counts in `passed` the steps between this one and the next.
+  __device__ bool next(const rows_t& rows, int first_row, int& passed) {
+    passed = 0;
+    if (start > last) {
+      start -= Keys;
+      return true;
+    }
+    passed = after;
+    int lowest = Runs;  // the last run that has steps
+    while (--run >= 0) {
+      const int first = rows.first(run), n = rows.at[run][forward_rows - 1].end - first;
+      if (n <= 0) continue;
+      lowest = run;
+      const int begin = rows.at[run][first_row].begin, end = rows.at[run][first_row + 63].end;
+      const int steps = (n + Keys - 1) / Keys;
+      if (end <= begin || rows.number * forward_rows + first_row >= rows.used) {
+        passed += steps;
+        continue;
+      }
+      const int from = (begin - first) / Keys, to = (end - first + Keys - 1) / Keys;
+      passed += steps - to;
+      after = from;
+      last = first + from * Keys;
+      start = first + (to - 1) * Keys;
+      return any = true;
+    }
+    if (any) return false;
+    const bool none = lowest == Runs;
+    if (!none) --passed;
+    after = 0;
+    run = none ? 0 : lowest;
+    start = last = none ? 0 : rows.first(run);
+    return any = true;
   }
 };
 
@@ -165,31 +205,33 @@ __device__ inline void store_warp_rows(const float (&x)[D / 2], const float (&sc
   }
 }
 
-template <int D, class Heads, class Past>
-__global__ __launch_bounds__(3 * hopper::group_threads,
+template <int D, int Keys, class Heads, class Past>
+__global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
                              1) void attend_forward_sm90(const __grid_constant__ forward_job<Heads, Past> job) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
   constexpr int runs = Past::runs;
-  using memory = forward_memory<D, runs>;
-  constexpr int stages = memory::stages, described = memory::described, panel_bytes = tile_rows * row_bytes;
-  __shared__ forward_barriers<stages, described> bar;
+  using memory = forward_memory<D, Keys, runs>;
+  using bounds_t = row_bounds<runs, forward_rows>;
+  constexpr int queries = memory::queries, stages = memory::stages, described = memory::described;
+  __shared__ forward_barriers<queries, stages, described> bar;
   char* const base = shared_tiles();
-  auto& bounds = *reinterpret_cast<row_bounds<runs>(*)[described]>(base + memory::bounds);
+  auto& bounds = *reinterpret_cast<bounds_t(*)[described]>(base + memory::bounds);
   const attend_shape& shape = job.shape;
   const int tiles = job.tiles.order.count();
   constexpr int describing = 64;  // threads
 
   if (threadIdx.x == 0) {
-    constexpr int computing_warps = 8;
+    constexpr int group_warps = 4, computing_warps = forward_groups * group_warps;
     for (int i = 0; i < described; ++i) {
       bar.described[i].init(describing);
       bar.forgotten[i].init(computing_warps + 2);  // and the loading threads
     }
-    for (int i = 0; i < 2; ++i) {
-      bar.q_full[i].init(1);
-      bar.q_empty[i].init(computing_warps);
-    }
+    for (int i = 0; i < queries; ++i)
+      for (int j = 0; j < forward_groups; ++j) {
+        bar.q_full[i][j].init(1);
+        bar.q_empty[i][j].init(group_warps);
+      }
     for (int i = 0; i < stages; ++i) {
       bar.k_full[i].init(1);
       bar.v_full[i].init(1);
@@ -204,62 +246,55 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   const int thread = static_cast<int>(threadIdx.x) % group_threads;
 
   if (group < 0) {
-    give_registers<40>();
+    give_registers<32>();
     if (thread >= 64) {
-      describe_tiles<describing>(job.tiles, shape, bounds, bar.described, bar.forgotten, thread - 64,
-                                 [&](row_bounds<runs>& rows, const tile_place& at, int row) {
-                                   find_bounds(rows, job.patterns, job.keys, job.past, at, row);
-                                 });
+      describe_tiles<describing, forward_rows>(job.tiles, shape, bounds, bar.described, bar.forgotten, thread - 64,
+                                               [&](bounds_t& rows, const tile_place& at, int row) {
+                                                 find_bounds(rows, job.patterns, job.keys, job.past, at, row);
+                                               });
     } else if (thread % 32 == 0) {
       const bool values = thread > 0;
       ring_place<described> tile;
-      ring_place<2> q_at;
+      ring_place<queries> q_at;
       ring_place<stages> at;
-      for (bool more = true; more; tile.advance()) {
+      for (bool more = true; more; tile.advance(), q_at.advance()) {
         bar.described[tile.stage].wait(tile.parity);
-        const row_bounds<runs>& rows = bounds[tile.stage];
+        const bounds_t& rows = bounds[tile.stage];
         more = rows.next < tiles;
-        if (!values) {
-          bar.q_empty[q_at.stage].wait(q_at.parity ^ 1);
-          bar.q_full[q_at.stage].arrive_expecting(memory::tile);
-          load_tile<D, tile_rows>(base + memory::q + q_at.stage * memory::tile, job.q, bar.q_full[q_at.stage],
-                                  rows.number * tile_rows, rows.h, rows.b);
-          q_at.advance();
+        // By the thread that loads values: it waits for the place of the queries, and keys are wanted earlier.
+        for (int i = 0; values && i < forward_groups; ++i) {
+          barrier& full = bar.q_full[q_at.stage][i];
+          bar.q_empty[q_at.stage][i].wait(q_at.parity ^ 1);
+          full.arrive_expecting(memory::q_group);
+          load_tile<D, 64>(base + memory::q + q_at.stage * memory::q_tile + i * memory::q_group, job.q, full,
+                           rows.number * forward_rows + 64 * i, rows.h, rows.b);
         }
-        for (forward_walk<runs> walk; walk.next(rows); at.advance()) {
+        for (forward_walk<Keys, runs> walk; walk.next(rows); at.advance()) {
           const lattice& from = job.keys.at[rows.lattice[walk.run]];
-          const int joined = walk.run == rows.anchors ? rows.sinks : 0;
+          const int joined = walk.run == rows.anchors ? rows.sinks : 0, wanted = walk.wanted(rows);
           barrier& full = values ? bar.v_full[at.stage] : bar.k_full[at.stage];
           (values ? bar.v_empty : bar.k_empty)[at.stage].wait(at.parity ^ 1);
-          full.arrive_expecting(memory::tile);
-          load_keys<D, tile_rows>(base + (values ? memory::v : memory::k) + at.stage * memory::tile,
-                                  values ? from.v : from.k, values ? job.keys.v_sinks : job.keys.k_sinks, joined, full,
-                                  walk.start, from.pooled ? 0 : rows.h, rows.b);
+          full.arrive_expecting(memory::step / Keys * wanted);
+          load_keys<D, Keys, forward_box>(base + (values ? memory::v : memory::k) + at.stage * memory::step,
+                                          values ? from.v : from.k, values ? job.keys.v_sinks : job.keys.k_sinks,
+                                          joined, full, walk.start, from.pooled ? 0 : rows.h, rows.b, wanted);
         }
         bar.forgotten[tile.stage].arrive();
       }
     }
   } else {
-    take_registers<232>();
-    const int lane = thread % 32, first_row = 64 * group + thread / 32 * 16;  // of this warp's 16
-    const int row = first_row + lane / 4;
+    take_registers<160>();
+    const int lane = thread % 32, group_row = thread / 32 * 16;  // the first of this warp's 16 rows
+    const int first_row = 64 * group + group_row, row = first_row + lane / 4;
     const float scale = shape.scale * log2_e;
     const int group_id = 4 + group;  // named barrier
 
-    ring_count<described> tile;
-    ring_count<stages> keys, values;
-    forward_walk<runs> walk;
-    float out[D / 2], s[tile_rows / 2], shrink[2];
-    std::uint32_t p[8][4];
+    ring_place<described> tile;
+    ring_place<queries> q_at;
+    ring_place<stages> keys, values;
+    float out[D / 2], shrink[2];
     running_softmax softmax;
-    bool accumulate;  // whether `out` holds anything
-    bool masked;      // whether a row of the group misses some of the step's keys
 
-    const auto rows_of_tile = [&]() -> const row_bounds<runs>& { return bounds[tile.stage()]; };
-    const auto q_number = [&] { return ring_count<2>{tile.number}; };
-    const auto q_of_tile = [&] { return base + memory::q + q_number().stage() * memory::tile; };
-    const auto k_of = [&](ring_count<stages> at) { return base + memory::k + at.stage() * memory::tile; };
-    const auto v_of = [&](ring_count<stages> at) { return base + memory::v + at.stage() * memory::tile; };
     const auto release = [&](barrier& empty) {
       if (lane == 0) empty.arrive();
     };
@@ -267,194 +302,184 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
       __syncwarp();
       release(empty);
     };
-
-    const auto multiply_keys = [&] {
-      const std::uint64_t q_rows = operand(q_of_tile() + 64 * group * row_bytes), k_rows = operand(k_of(keys));
-      wgmma_fence();
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        const int at = c / 4 * panel_bytes + c % 4 * 32;
-        product(s, advanced(q_rows, at), advanced(k_rows, at), c > 0);
+    const auto k_of_step = [&] { return base + memory::k + keys.stage * memory::step; };
+    const auto v_of_step = [&] { return base + memory::v + values.stage * memory::step; };
+    // Lets steps pass that no row of the group sees. Whoever frees a place must have seen it filled.
+    const auto pass = [&](int steps) {
+#pragma unroll 1
+      for (; steps > 0; --steps) {
+        bar.k_full[keys.stage].wait(keys.parity);
+        bar.v_full[values.stage].wait(values.parity);
+        release_after_reads(bar.k_empty[keys.stage]);
+        release(bar.v_empty[values.stage]);
+        keys.advance();
+        values.advance();
       }
-      wgmma_commit();
-    };
-    // `end`: how many of the tile's values are known to be numbers.
-    const auto multiply_values = [&](int end) {
-      values.wait(bar.v_full);
-      if (end < tile_rows) zero_rows<D, tile_rows>(v_of(values), end, thread, group_id);
-      const std::uint64_t v_rows = operand(v_of(values), panel_bytes);
-      wgmma_fence();
-#pragma unroll
-      for (int c = 0; c < 8; ++c) product<true>(out, p[c], advanced(v_rows, c * 16 * row_bytes), accumulate || c > 0);
-      wgmma_commit();
-    };
-    const auto look_at_step = [&] {
-      const lattice_range* const seen = &rows_of_tile().at[walk.run][64 * group];
-      masked = seen[63].begin > walk.start || seen[0].end < walk.start + tile_rows;
-    };
-    const auto take_scores = [&] {
-      if (masked) mask_columns(s, rows_of_tile().at[walk.run], row, walk.start, lane);
-      softmax.add(s, scale, shrink);
-    };
-    const auto shrink_sums = [&] {
-#pragma unroll
-      for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
     };
 
-    // Takes up a tile: its first step, and the softmax over each row's own key, whose score is the maximum so far and 1
-    // the sum.
-    const auto enter_tile = [&] {
-      tile.wait(bar.described);
-      const row_bounds<runs>& rows = rows_of_tile();
-      walk = {};
-      walk.next(rows);
+    for (bool more = true; more; tile.advance(), q_at.advance()) {
+      bar.described[tile.stage].wait(tile.parity);
+      const bounds_t& rows = bounds[tile.stage];
+      more = rows.next < tiles;
+      const int t0 = rows.number * forward_rows;
+      const char* const q = base + memory::q + q_at.stage * memory::q_tile + group * memory::q_group;
       softmax = {};
-      q_number().wait(bar.q_full);
-      if (!rows.own) return;
-      walk.next(rows);
-      keys.wait(bar.k_full);
-      const int here = computed_here(lane);
-      multiply_own<D, tile_rows, tile_rows>(q_of_tile(), first_row + here / 4, k_of(keys), first_row + here / 4, here,
-                                            softmax.max);
-      release_after_reads(bar.k_empty[keys.stage()]);
-      ++keys.number;
+      group_walk<Keys, runs> walk;
+      bar.q_full[q_at.stage][group].wait(q_at.parity);
+      if (rows.own) {
+        // Each row's own key: its score is the maximum so far, 1 the sum, and its value what is summed.
+        const int step = 64 * group / Keys, steps = (forward_rows + Keys - 1) / Keys;
+        const int here = computed_here(lane), own_row = first_row % Keys;
+        pass(steps - 1 - step);
+        walk.run = rows.window;
+        bar.k_full[keys.stage].wait(keys.parity);
+        multiply_own<D, 64, Keys>(q, group_row + here / 4, k_of_step(), own_row + here / 4, here, softmax.max);
+        release_after_reads(bar.k_empty[keys.stage]);
+        keys.advance();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const lattice_range own = rows.at[rows.window][row + 8 * half];
-        if (own.begin == own.end) softmax.max[half] = -INFINITY;
-        softmax.sum[half] = own.begin < own.end && lane % 4 == 0 ? 1.0f : 0.0f;
-      }
-    };
-    // The sums over the rows' own keys, when the tile's first scores have been taken.
-    const auto begin_sums = [&] {
-      const row_bounds<runs>& rows = rows_of_tile();
-      accumulate = rows.own;
-      if (!accumulate) return;
-      values.wait(bar.v_full);
-      if (rows.used - rows.number * tile_rows < tile_rows && rows.used < shape.T)
-        zero_rows<D, tile_rows>(v_of(values), max(rows.used - rows.number * tile_rows, 0), thread, group_id);
-      // The product of a diagonal matrix of the weights and the values, in blocks of 16 × 16.
-      const auto here = static_cast<unsigned>(computed_here(lane));
-      const bool diagonal = here % 4 == here / 8, odd = here / 4 % 2 == 1;
-      const auto weight = [&](float x) { return diagonal ? rounded_pair(odd ? 0 : x, odd ? x : 0) : 0; };
-      const std::uint32_t weights[4] = {weight(shrink[0]), 0, 0, weight(shrink[1])};
-      const block_rows<tile_rows> v(v_of(values), first_row, here);
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        std::uint32_t block[4];
-        load_blocks_transposed(v[c], block);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float sum[4] = {};
-          product_of_blocks(sum, weights, block[2 * j], block[2 * j + 1]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) out[8 * c + 4 * j + i] = sum[i];
+        for (int half = 0; half < 2; ++half) {
+          const lattice_range own = rows.at[rows.window][row + 8 * half];
+          if (own.begin == own.end) softmax.max[half] = -INFINITY;
+          softmax.sum[half] = own.begin < own.end && lane % 4 == 0 ? 1.0f : 0.0f;
         }
+        bar.v_full[values.stage].wait(values.parity);
+        if (const int used = rows.used - t0 - step * Keys; used < Keys && rows.used < shape.T)
+          zero_rows<D, Keys>(v_of_step(), max(used, 0), thread, group_id);
+        // Copied by a product with a diagonal of ones, in blocks of 16 × 16.
+        const bool diagonal = static_cast<unsigned>(here) % 4 == static_cast<unsigned>(here) / 8,
+                   odd = here / 4 % 2 == 1;
+        const std::uint32_t one = diagonal ? rounded_pair(odd ? 0 : 1, odd ? 1 : 0) : 0, ones[4] = {one, 0, 0, one};
+        const block_rows<Keys> v(v_of_step(), own_row, static_cast<unsigned>(here));
+#pragma unroll
+        for (int c = 0; c < D / 16; ++c) {
+          std::uint32_t block[4];
+          load_blocks_transposed(v[c], block);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float sum[4] = {};
+            product_of_blocks(sum, ones, block[2 * j], block[2 * j + 1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[8 * c + 4 * j + i] = sum[i];
+          }
+        }
+        release_after_reads(bar.v_empty[values.stage]);
+        values.advance();
+        pass(step);
+      } else {
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) out[i] = 0;
       }
-      release_after_reads(bar.v_empty[values.stage()]);
-      ++values.number;
-    };
-    // The factors of a tile's results, when all its scores have been taken.
-    const auto finish_softmax = [&](float(&inverse)[2]) {
-      const row_bounds<runs>& rows = rows_of_tile();
+
+      int passed;
+      bool same_tile = walk.next(rows, 64 * group, passed);
+      // A step of which the group sees so many keys from the one numbered `from` on; finds the next.
+      const auto take_step = [&](auto seen_keys, int from) {
+        constexpr int Seen = decltype(seen_keys)::value, panel = Keys * row_bytes;
+        float s[Seen / 2];
+        std::uint32_t p[Seen / 16][4];
+        const lattice_range(&of_run)[forward_rows] = rows.at[walk.run];
+        // How many of the step's values are known to be numbers. Anchors that no query sees yet are keys like others.
+        const bool known = std::is_same_v<Past, no_past> && walk.run == rows.anchors && rows.used == shape.T;
+        const int start = walk.start + from, end = known ? Keys : of_run[forward_rows - 1].end - walk.start;
+        const std::uint64_t q_rows = operand_of_warp(q), k_rows = operand_of_warp(k_of_step() + from * row_bytes);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < D / 16; ++c)
+          product(s, advanced(q_rows, c / 4 * 64 * row_bytes + c % 4 * 32),
+                  advanced(k_rows, c / 4 * panel + c % 4 * 32), c > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        hopper::pin(s);
+        release(bar.k_empty[keys.stage]);
+        keys.advance();
+        if (of_run[64 * group + 63].begin > start || of_run[64 * group].end < start + Seen)
+          mask_columns(s, of_run, row, start, lane);
+        softmax.add(s, scale, shrink);
+#pragma unroll
+        for (int j = 0; j < D / 2; ++j) out[j] *= shrink[(j >> 1) & 1];
+        round_fragment(s, p);
+
+        bar.v_full[values.stage].wait(values.parity);
+        if (end < from + Seen) zero_rows<D, Keys>(v_of_step(), max(end, from), thread, group_id, from + Seen);
+        const std::uint64_t v_rows = operand_of_warp(v_of_step() + from * row_bytes, panel);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < Seen / 16; ++c) product<true>(out, p[c], advanced(v_rows, c * 16 * row_bytes), true);
+        wgmma_commit();
+        same_tile = walk.next(rows, 64 * group, passed);
+        wgmma_wait<0>();
+        hopper::pin(out);
+        release(bar.v_empty[values.stage]);
+        values.advance();
+      };
+      do {
+        pass(passed);
+        bar.k_full[keys.stage].wait(keys.parity);
+        if constexpr (Keys == forward_box) {
+          take_step(std::integral_constant<int, Keys>{}, 0);
+        } else {
+          const lattice_range* const seen = &rows.at[walk.run][64 * group];
+          const int half = walk.start + forward_box;
+          const bool low = seen[0].begin < half;
+          const bool high = seen[63].end > half;
+          if (low && high)
+            take_step(std::integral_constant<int, Keys>{}, 0);
+          else
+            take_step(std::integral_constant<int, forward_box>{}, low ? 0 : forward_box);
+        }
+      } while (same_tile);
+      release(bar.q_empty[q_at.stage][group]);
+      pass(passed);
+
+      float inverse[2];
       softmax.finish();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int t = rows.number * tile_rows + row + 8 * half;
+        const int t = t0 + row + 8 * half;
         if (job.lse && lane % 4 == 0 && t < shape.T)
           job.lse(rows.b, rows.h, t) =
               t < rows.used ? (softmax.max[half] * scale + log2_fast(softmax.sum[half])) / log2_e : 0.0f;
         inverse[half] = reciprocal_fast(softmax.sum[half]);
       }
-    };
-    const auto store_tile = [&](const float(&inverse)[2], ring_count<described> done) {
-      const row_bounds<runs>& rows = bounds[done.stage()];
-      store_warp_rows<D>(out, inverse, base + memory::out + first_row * row_bytes, job.out, rows,
-                         rows.number * tile_rows + first_row, lane);
-      release_after_reads(bar.forgotten[done.stage()]);
-    };
-
-    enter_tile();
-    keys.wait(bar.k_full);
-    multiply_keys();
-    look_at_step();
-    wgmma_wait<0>();
-    pin(s);
-    release(bar.k_empty[keys.stage()]);
-    ++keys.number;
-    take_scores();
-    begin_sums();
-    round_fragment(s, p);
-    float inverse[2];
-    for (;;) {
-      const row_bounds<runs>& before = rows_of_tile();
-      // Anchors that no query sees yet are keys like the others.
-      const bool known = std::is_same_v<Past, no_past> && walk.run == before.anchors && before.used == shape.T;
-      const int end = known ? tile_rows : walk.end;
-      const bool same_tile = walk.next(before);
-      if (!same_tile) {
-        finish_softmax(inverse);
-        if (before.next >= tiles) {
-          multiply_values(end);
-          break;
-        }
-        release_after_reads(bar.q_empty[q_number().stage()]);
-        ++tile.number;
-        enter_tile();
-      }
-      keys.wait(bar.k_full);
-      multiply_keys();
-      multiply_values(end);
-      look_at_step();
-      wgmma_wait<1>();
-      pin(s);
-      release(bar.k_empty[keys.stage()]);
-      ++keys.number;
-      take_scores();
-      wgmma_wait<0>();
-      pin(out);
-      release(bar.v_empty[values.stage()]);
-      ++values.number;
-      if (same_tile) {
-        accumulate = true;
-        shrink_sums();
-      } else {
-        store_tile(inverse, {tile.number - 1});
-        begin_sums();
-      }
-      round_fragment(s, p);
+      store_warp_rows<D>(out, inverse, base + memory::out + first_row * row_bytes, job.out, rows, t0 + first_row, lane);
+      release_after_reads(bar.forgotten[tile.stage]);
     }
-    wgmma_wait<0>();
-    pin(out);
-    store_tile(inverse, tile);
   }
 #endif
 }
 
 /// Queues the kernel; p.q, p.out and p.lse are read of p.
-template <class Heads, class Past, class Args>
+template <int Keys, class Heads, class Past, class Args>
 void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& keys, const Past& past, const Args& p) {
-  const forward_job<Heads, Past> job{.q = hopper::tensor_map(rows_of(p.q), tile_rows),
+  const forward_job<Heads, Past> job{.q = hopper::tensor_map(rows_of(p.q), 64),
                                      .keys = keys,
                                      .patterns = patterns,
                                      .past = past,
                                      .shape = shape_of(p),
-                                     .tiles = {order_of(p.q), ctx.counters(1)},
+                                     .tiles = {order_of(p.q, forward_rows), ctx.counters(1)},
                                      .out = p.out,
                                      .lse = p.lse};
   const int blocks = blocks_of(ctx, job.tiles.order);
   const auto with = [&](auto kernel, int bytes) {
-    launch(ctx, "attend", kernel, blocks, 3 * hopper::group_threads, bytes, job);
+    launch(ctx, "attend", kernel, blocks, (forward_groups + 1) * hopper::group_threads, bytes, job);
   };
   if (p.q.extent(3) <= 64)
-    with(attend_forward_sm90<64, Heads, Past>, forward_memory<64, Past::runs>::bytes);
+    with(attend_forward_sm90<64, Keys, Heads, Past>, forward_memory<64, Keys, Past::runs>::bytes);
   else
-    with(attend_forward_sm90<128, Heads, Past>, forward_memory<128, Past::runs>::bytes);
+    with(attend_forward_sm90<128, Keys, Heads, Past>, forward_memory<128, Keys, Past::runs>::bytes);
 }
 
 template <class P, class Args>
 void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
-  launch_forward_tiles(ctx, on_device(pattern, p.q.extent(1)), lattices_of(pattern, p.k, p.v, tile_rows), no_past{}, p);
+  const index_t H = p.q.extent(1), groups = head_groups(pattern);
+  bool own_alone = true;
+  for (index_t g = 0; g < groups; ++g)
+    visit_head(pattern, g, groups, [&](const auto& each) { own_alone = own_alone && sees_own_key_alone(each); });
+  const lattices keys = lattices_of(pattern, p.k, p.v, forward_box);
+  if (own_alone)
+    launch_forward_tiles<64>(ctx, on_device(pattern, H), keys, no_past{}, p);
+  else
+    launch_forward_tiles<128>(ctx, on_device(pattern, H), keys, no_past{}, p);
 }
 
 }  // namespace ratplus::cuda::detail

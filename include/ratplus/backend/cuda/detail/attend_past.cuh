@@ -26,11 +26,11 @@ template <class P>
 }
 
 /// The seven ranges of each row: sinks, anchors and window before this call and in it, the ring of the window as two.
-template <class Heads>
-__device__ void find_bounds(row_bounds<past_rows::runs>& rows, const Heads& heads, const lattices&,
+template <int Rows, class Heads>
+__device__ void find_bounds(row_bounds<past_rows::runs, Rows>& rows, const Heads& heads, const lattices&,
                             const past_rows& past, const tile_place& at, int row) {
   using source = past_rows::source;
-  const int t0 = at.number * tile_rows, used = at.used;
+  const int t0 = at.number * Rows, used = at.used;
   const index_t first = past.first[at.b], query = first + max(min(t0 + row, used - 1), 0);
   const head_slots& head = past.heads[at.h];
   const residency& where = head.where;
@@ -139,8 +139,8 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
   const auto heads = on_device(pattern, H);
   if constexpr (sparse_on_device<std::remove_const_t<decltype(heads)>>) {
     const auto maps = [](const view<const bfloat16, 4>& k, const view<const bfloat16, 4>& v, bool pooled) {
-      return lattice{{hopper::tensor_map(rows_of(k), tile_rows), {}},
-                     {hopper::tensor_map(rows_of(v), tile_rows), {}},
+      return lattice{{hopper::tensor_map(rows_of(k), forward_box), {}},
+                     {hopper::tensor_map(rows_of(v), forward_box), {}},
                      0,
                      1,
                      pooled};
@@ -163,7 +163,7 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
              p.spans);
       keys.at[past_rows::gathered] = maps(k, v, false);
     }
-    launch_forward_tiles(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p);
+    launch_forward_tiles<128>(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p);
   }
 }
 

@@ -158,11 +158,11 @@ struct tile_place {
 /// The last run is the window among the rows of this call. When it holds no key but the row's own (W = 0), a product of
 /// tiles would compute 128 scores to use one: `own` says so, the run is one tile whose row i belongs to query i (and is
 /// empty when the query finds its own key among the sinks), and the row's own score is taken element by element.
-template <int Runs>
+template <int Runs, int Rows = tile_rows>
 struct row_bounds : tile_place {
   static constexpr int window = Runs - 1, anchors = 1;
 
-  lattice_range at[Runs][tile_rows];
+  lattice_range at[Runs][Rows];
   int lattice[Runs];  // of each run
   int sinks;          // that have joined the anchors, whose indices then begin sink_rows later
   bool own;
@@ -189,18 +189,18 @@ struct no_past {
 };
 
 /// The window of row t when it can hold no key but the row's own.
-template <int Runs>
-__device__ inline void set_own(row_bounds<Runs>& rows, bool own, bool seen, int t, int used, int row) {
+template <int Runs, int Rows>
+__device__ inline void set_own(row_bounds<Runs, Rows>& rows, bool own, bool seen, int t, int used, int row) {
   if (own) rows.at[rows.window][row] = {t, seen && t < used ? t + 1 : t};
   if (row == 0) rows.own = own;
 }
 
 /// Fills them for row `row` of the tile at `at`. Rows beyond the last in use see what it sees: their results are
 /// dropped, and the bounds still never fall.
-template <class Heads>
-__device__ void find_bounds(row_bounds<no_past::runs>& rows, const Heads& heads, const lattices& keys, no_past,
+template <int Rows, class Heads>
+__device__ void find_bounds(row_bounds<no_past::runs, Rows>& rows, const Heads& heads, const lattices& keys, no_past,
                             const tile_place& at, int row) {
-  const int t0 = at.number * tile_rows;
+  const int t0 = at.number * Rows;
   key_runs runs;
   int sinks = 0;
   bool own = false;
@@ -225,18 +225,18 @@ __device__ void find_bounds(row_bounds<no_past::runs>& rows, const Heads& heads,
 
 /// Walks the tiles of `Keys` lattice indices that any row of a tile of queries sees: the window first, then anchors,
 /// then sinks, each from its end (where the mask is).
-template <int Keys, int Runs>
+template <int Keys, int Runs, int Rows = tile_rows>
 struct tile_walk {
   int run = Runs, first = 0, start = 0;
 
-  __device__ bool next(const row_bounds<Runs>& rows) {
+  __device__ bool next(const row_bounds<Runs, Rows>& rows) {
     if (start - Keys >= first && run < Runs) {
       start -= Keys;
       return true;
     }
     while (--run >= 0) {
       first = rows.first(run);
-      const int n = rows.at[run][tile_rows - 1].end - first;
+      const int n = rows.at[run][Rows - 1].end - first;
       start = first + (n - 1) / Keys * Keys;
       if (n > 0) return true;
     }
@@ -271,7 +271,7 @@ template <class Args>
 /// Warps of the copying group, thread 0 … Threads − 1, find out ahead of the others, which load, what these are to
 /// load: fill(tile, place, row) describes row `row` of a tile, the same warp 32 neighbours at a time. `described`
 /// counts all of them.
-template <int Threads, int Stages, class Tile, class Fill>
+template <int Threads, int Rows = tile_rows, int Stages, class Tile, class Fill>
 __device__ inline void describe_tiles(const tile_queue& queue, const attend_shape& shape, Tile (&tiles)[Stages],
                                       hopper::barrier (&described)[Stages], hopper::barrier (&empty)[Stages],
                                       int thread, Fill&& fill) {
@@ -282,7 +282,7 @@ __device__ inline void describe_tiles(const tile_queue& queue, const attend_shap
     if (thread == 0) place.next = queue.next();
     empty[at.stage].wait(at.parity ^ 1);
     Tile& tile = tiles[at.stage];
-    for (int row = thread; row < tile_rows; row += Threads) fill(tile, place, row);
+    for (int row = thread; row < Rows; row += Threads) fill(tile, place, row);
     if (thread == 0) static_cast<tile_place&>(tile) = place;
     described[at.stage].arrive();
     described[at.stage].wait(at.parity);
@@ -291,30 +291,29 @@ __device__ inline void describe_tiles(const tile_queue& queue, const attend_shap
 }
 
 /// Tiles of the rows of x, (B, H, T, d), for kernels that stream two tensors of its heads past each.
-[[nodiscard]] inline tile_order order_of(const view<const bfloat16, 4>& x) {
+[[nodiscard]] inline tile_order order_of(const view<const bfloat16, 4>& x, int rows = tile_rows) {
   const index_t heads = x.extent(0) * x.extent(1), bytes = 4 * x.extent(2) * x.extent(3);
   constexpr index_t kept = index_t{24} << 20;  // of the L2 cache
-  return {static_cast<int>((x.extent(2) + tile_rows - 1) / tile_rows), static_cast<int>(heads),
+  return {static_cast<int>((x.extent(2) + rows - 1) / rows), static_cast<int>(heads),
           static_cast<int>(std::clamp<index_t>(kept / bytes, 1, heads))};
 }
 
-/// Zeroes rows [from, Rows) of a tile of D channels; the warp group calls it together. Rows that no row of the other
+/// Zeroes rows [from, to) of a tile of D channels; the warp group calls it together. Rows that no row of the other
 /// side sees may hold anything (padding, keys that were dropped), and 0 · NaN is NaN.
 template <int D, int Rows>
-__device__ inline void zero_rows(char* tile, int from, int thread, int barrier_id) {
+__device__ inline void zero_rows(char* tile, int from, int thread, int barrier_id, int to = Rows) {
   constexpr int chunks = D / 8;
   const int here = hopper::computed_here(thread), chunk = here % chunks;
 #pragma unroll 1
-  for (int row = from + here / chunks; row < Rows; row += hopper::group_threads / chunks)
+  for (int row = from + here / chunks; row < to; row += hopper::group_threads / chunks)
     *reinterpret_cast<uint4*>(tile + hopper::chunk_offset(Rows, row, chunk)) = uint4{0, 0, 0, 0};
   hopper::fence_async_proxy();
   hopper::sync_threads(barrier_id, hopper::group_threads);
 }
 
 /// Sets to −∞ the scores of columns outside a row's range. Column j of the fragment is index start + j.
-template <int N>
-__device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[tile_rows], int row, int start,
-                                    int lane) {
+template <int N, int Rows>
+__device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[Rows], int row, int start, int lane) {
   const int column = start + 2 * (lane & 3);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -369,21 +368,26 @@ __device__ inline void multiply_own(const char* a, int a_row, const char* b, int
   sum[1] = __shfl_sync(~0u, element(high, 2), source);
 }
 
-/// Loads rows [row, row + Rows) of D channels of head h, sequence b, as panels; `full` counts their bytes.
+/// Loads a box of rows, from row `row` on, of D channels of head h, sequence b, to panels of Rows rows; `full` counts
+/// its bytes.
 template <int D, int Rows>
 __device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barrier& full, int row, int h, int b) {
   for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
 }
 
-/// Loads the tile of keys or values that begins at index `start` of a lattice, which `joined` sinks have joined.
-template <int D, int Rows>
+/// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, to a tile of Rows
+/// rows: the first `count` of them, in boxes of Box.
+template <int D, int Rows, int Box = Rows>
 __device__ inline void load_keys(char* to, const lattice_rows& from, const CUtensorMap& sinks, int joined,
-                                 hopper::barrier& full, int start, int h, int b) {
-  if (joined == 0) return load_tile<D, Rows>(to, from.tile, full, start, h, b);
-  if (start > 0) return load_tile<D, Rows>(to, from.tile, full, start - sink_rows, h, b);
-  for (int c = 0; c < D; c += hopper::panel_channels) {
-    hopper::load_panel(to + c * Rows * 2, sinks, full, c, joined - sink_rows, h, b);
-    hopper::load_panel(to + c * Rows * 2 + sink_rows * hopper::row_bytes, from.rest, full, c, 0, h, b);
+                                 hopper::barrier& full, int start, int h, int b, int count = Rows) {
+  const int shift = joined > 0 ? sink_rows : 0;
+  for (int i = 0; i < count; i += Box, start += Box, to += Box * hopper::row_bytes) {
+    if (joined == 0 || start > 0) {
+      load_tile<D, Rows>(to, from.tile, full, start - shift, h, b);
+    } else {
+      load_tile<D, Rows>(to, sinks, full, joined - sink_rows, h, b);
+      load_tile<D, Rows>(to + sink_rows * hopper::row_bytes, from.rest, full, 0, h, b);
+    }
   }
 }
 
