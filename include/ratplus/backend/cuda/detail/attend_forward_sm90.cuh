@@ -471,12 +471,15 @@ void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& k
 
 template <class P, class Args>
 void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
+  constexpr index_t few = 1024;  // keys of a query, up to which a tile waits for memory: measured
   const index_t H = p.q.extent(1), groups = head_groups(pattern);
-  bool own_alone = true;
+  bool few_beside_own = true;
   for (index_t g = 0; g < groups; ++g)
-    visit_head(pattern, g, groups, [&](const auto& each) { own_alone = own_alone && sees_own_key_alone(each); });
+    visit_head(pattern, g, groups, [&](const auto& each) {
+      few_beside_own = few_beside_own && sees_own_key_alone(each) && each.keys(p.q.extent(2) - 1).keys() <= few;
+    });
   const lattices keys = lattices_of(pattern, p.k, p.v, forward_box);
-  if (own_alone)
+  if (few_beside_own)
     launch_forward_tiles<64>(ctx, on_device(pattern, H), keys, no_past{}, p);
   else
     launch_forward_tiles<128>(ctx, on_device(pattern, H), keys, no_past{}, p);
