@@ -30,9 +30,9 @@ struct memory_of {
         v_state(ctx, random_array<A>(state, 14)) {}
 };
 
-// Calls of lengths[call][sequence] rows.
-template <class KV, class Backend, class Cell, class P>
-void check_core(Backend& backend, const Cell& cell, const P& pattern, index_t H, index_t d,
+// Calls of lengths[call][sequence] rows; the memory holds what `kept` keeps.
+template <class KV, class Backend, class Cell, class P, class Kept>
+void check_core(Backend& backend, const Cell& cell, const P& pattern, const Kept& kept, index_t H, index_t d,
                 const std::vector<std::vector<token_t>>& calls) {
   using T = typename Backend::scalar;
   using A = accumulator_t<T>;
@@ -42,7 +42,7 @@ void check_core(Backend& backend, const Cell& cell, const P& pattern, index_t H,
   const auto B = static_cast<index_t>(calls.front().size());
   CAPTURE(cell.name(), H, d);
   array<head_slots, 1> slots_of(dims(H));
-  slots_of.data = slots_of_heads(pattern, H, positions);
+  slots_of.data = slots_of_heads(kept, H, positions);
   const index_t slots = pool_slots(slots_of.data);
   const guarded heads(ctx, slots_of);
   const auto rope = make_rope_table<A>(ctx, positions, d, 10000.0);
@@ -116,6 +116,12 @@ void check_core(Backend& backend, const Cell& cell, const P& pattern, index_t H,
   CHECK(difference(whole.v_state.read(), apart.v_state.read()) <= tolerance_of<A>);
 }
 
+template <class KV, class Backend, class Cell, class P>
+void check_core(Backend& backend, const Cell& cell, const P& pattern, index_t H, index_t d,
+                const std::vector<std::vector<token_t>>& calls) {
+  check_core<KV>(backend, cell, pattern, pattern, H, d, calls);
+}
+
 // A prompt, steps of every sequence, of some, of none.
 const std::vector<std::vector<token_t>> prompt_and_steps{{20, 33, 0}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}, {0, 0, 0},
                                                          {1, 0, 1},   {3, 1, 2}, {1, 1, 1}, {1, 1, 0}, {1, 1, 1}};
@@ -138,4 +144,18 @@ TEMPLATE_TEST_CASE("core: other cells, hybrids and caches of another type", "", 
   check_core<T>(backend, chunked<>(7), numbers{4, 0, 0}.pattern(), 2, 16, prompt_and_steps);
   check_core<T>(backend, gated_average{}, by_groups({{1, 0, 0}, {4, 3, 1}, {0, 7, 0}}), 6, 16, prompt_and_steps);
   check_core<bfloat16>(backend, gated_average{}, numbers{8, 6, 3}.pattern(), 2, 32, prompt_and_steps);
+}
+
+// As many as a GPU has multiprocessors are decoded in another way.
+TEMPLATE_TEST_CASE("core: many rows", "", RATPLUS_TEST_BACKENDS) {
+  using T = typename TestType::scalar;
+  TestType backend;
+  for (const numbers& n : {numbers{1, 0, 0}, numbers{8, 6, 2}, numbers{4, 40, 0}, numbers{0, 7, 3}})
+    check_core<T>(backend, gated_average{}, n.pattern(), 64, 64, prompt_and_steps);
+  for (const index_t d : {24, 72, 128})
+    check_core<T>(backend, gated_average{}, numbers{8, 6, 2}.pattern(), 64, d, prompt_and_steps);
+  check_core<T>(backend, none{}, by_groups({{1, 0, 0}, {4, 3, 1}}), 64, 16, prompt_and_steps);
+  check_core<T>(backend, gated_average{}, numbers{6, 3, 1}.pattern(), numbers{2, 9, 4}.pattern(), 64, 64,
+                prompt_and_steps);
+  check_core<bfloat16>(backend, gated_average{}, numbers{8, 6, 3}.pattern(), 64, 64, prompt_and_steps);
 }

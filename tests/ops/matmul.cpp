@@ -70,6 +70,12 @@ TEMPLATE_TEST_CASE("matmul: every size, transposition and addend", "", RATPLUS_T
         check_product<T>(backend, M, 19, K, false, true, what, layout::packed);
   check_product<T>(backend, 8, 2501, 256, false, true, plus::other, layout::packed);
   check_product<T>(backend, 7, 40, 8192, false, true, plus::nothing, layout::packed);
+  // And a batch of rows.
+  for (const index_t M : {9, 16, 17, 33, 63, 64, 65})
+    for (const auto& [N, K] : {std::pair<index_t, index_t>{130, 72}, {18, 1000}, {330, 264}, {257, 64}, {2048, 136}})
+      for (const plus what : {plus::nothing, plus::itself})
+        check_product<T>(backend, M, N, K, false, true, what, layout::packed);
+  check_product<T>(backend, 64, 1024, 520, false, true, plus::other, layout::strided);
 }
 
 TEMPLATE_TEST_CASE("matmul: an empty sum is zero, or the addend", "", RATPLUS_TEST_BACKENDS) {
@@ -98,6 +104,7 @@ TEMPLATE_TEST_CASE("matmul: the result may be wider than the data", "", RATPLUS_
     check_product<TC>(backend, 33, 65, 40, true, false, what, layout::strided);  // a weight's gradient
     check_product<TC>(backend, 33, 65, 40, false, true, what, layout::strided);  // added to the residual stream
     check_product<TC>(backend, 1, 64, 128, false, true, what, layout::packed);   // the same, decoding
+    check_product<TC>(backend, 33, 514, 648, false, true, what, layout::packed);
   }
 }
 

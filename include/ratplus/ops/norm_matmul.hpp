@@ -12,8 +12,8 @@ template <class T, class TC = T>
 struct norm_matmul_args {
   using A = accumulator_t<T>;
   view<const A, 2> x = {};     // (M, K)
-  view<const A, 1> norm = {};  // (K)
-  view<const T, 2> b = {};     // (N, K), a parameter: not written by the operation just before this one
+  view<const A, 1> norm = {};  // (K); it and b are parameters, not written by the operation just before this one
+  view<const T, 2> b = {};     // (N, K)
   view<T, 2> normed = {};      // (M, K), scratch
   view<A, 1> rstd = {};        // (M), written; absent: not wanted
   view<TC, 2> c = {};          // (M, N), written

@@ -38,14 +38,15 @@ __global__ void __launch_bounds__(row_threads) cache_append_kernel(cache_append_
 template <class = void>
 __global__ void __launch_bounds__(row_threads)
     cache_advance_kernel(view<token_t, 1> position, view<const token_t, 1> length, token_t rows) {
+  wait_for_previous();
   for (index_t b = threadIdx.x; b < position.extent(0); b += row_threads) position[b] += length ? length[b] : rows;
 }
 
 }  // namespace detail
 
 inline void cache_advance_on(context& ctx, view<token_t, 1> position, view<const token_t, 1> length, token_t rows) {
-  detail::launch(ctx, "cache advance", detail::cache_advance_kernel<>, dim3(1), dim3(detail::row_threads), 0, position,
-                 length, rows);
+  detail::launch_overlapped(ctx, "cache advance", detail::cache_advance_kernel<>, dim3(1), dim3(detail::row_threads), 0,
+                            position, length, rows);
 }
 
 template <class T, class KV>

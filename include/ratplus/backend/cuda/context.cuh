@@ -199,7 +199,7 @@ namespace detail {
 /// Lets the kernel have `shared` bytes of dynamic shared memory.
 template <class... Params>
 void allow_shared(void (*kernel)(Params...), const char* what, std::size_t shared) {
-  if (shared > 48 * 1024)
+  if (shared > 32 * 1024)  // there may be static shared memory beside it
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), what);
 }
 
@@ -213,14 +213,25 @@ void launch(context& ctx, const char* what, void (*kernel)(Params...), dim3 grid
   ctx.count_launch();
 }
 
+/// Returns when the results of the kernel before this one are there.
+__device__ inline void previous_done() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Lets the kernel after this one begin once every block of this one has come here or ended.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// The first statement of a kernel that launch_overlapped starts: it may begin while the kernel before it still runs,
 /// and waits here until that one's results are there. Then the kernel after it may begin, too: what it reads before its
 /// own wait must be older than this kernel.
 __device__ inline void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  previous_done();
+  let_next_begin();
 }
 
 /// `launch` of a kernel that begins with wait_for_previous(), where the device can start kernels early: between the

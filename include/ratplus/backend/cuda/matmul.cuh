@@ -1,12 +1,13 @@
 #pragma once
-// Matrix products by cuBLASLt, but for those of few rows (detail/few_rows.cuh). It thinks in columns: a row-major (M,
-// N) matrix with rows `stride` apart is its column-major (N, M) one, so C = A · B is asked for as Cᵀ = Bᵀ · Aᵀ with the
-// operands exchanged and nothing moved. Float products are float32 throughout (no tf32); bfloat16 products accumulate
-// in float32. The library's choice of algorithm for a shape is asked for once and kept.
+// Matrix products by cuBLASLt, but for those of few rows (detail/few_rows.cuh, few_rows_sm90.cuh). It thinks in
+// columns: a row-major (M, N) matrix with rows `stride` apart is its column-major (N, M) one, so C = A · B is asked for
+// as Cᵀ = Bᵀ · Aᵀ with the operands exchanged and nothing moved. Float products are float32 throughout (no tf32);
+// bfloat16 products accumulate in float32. The library's choice of algorithm for a shape is asked for once and kept.
 
 #include <cstring>
 
 #include "ratplus/backend/cuda/detail/few_rows.cuh"
+#include "ratplus/backend/cuda/detail/few_rows_sm90.cuh"
 #include "ratplus/backend/cuda/memory.cuh"
 #include "ratplus/ops/matmul.hpp"
 
@@ -91,10 +92,14 @@ void matmul_on(context& ctx, const matmul_args<T, TC>& p) {
     return;
   }
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (!p.transpose_a && p.transpose_b && detail::aligned(p.a, 8) &&
-        detail::few_rows::run(ctx, detail::few_rows::plain_rows{p.a}, detail::few_rows::sums_out<TC>{p.c, p.addend},
-                              p.b, M, p.b_is_parameter))
-      return;
+    if (!p.transpose_a && p.transpose_b && detail::aligned(p.a, 8)) {
+      const detail::few_rows::sums_out<TC> out{p.c, p.addend};
+      if (detail::few_rows::run(ctx, detail::few_rows::plain_rows{p.a}, out, p.b, M, p.b_is_parameter)) return;
+      if (detail::few_rows::streams(ctx, p.a, out, p.b)) {
+        detail::few_rows::run_streaming(ctx, p.a, out, p.b, p.b_is_parameter);
+        return;
+      }
+    }
   // The stride of a single row means nothing; the library wants it to span the row all the same.
   const auto stride = [](const auto& v) { return v.extent(0) > 1 ? v.stride(0) : v.extent(1); };
   detail::matmul_key key;

@@ -1,8 +1,12 @@
 #pragma once
 // Few rows' norm, product and activation in one kernel (detail/few_rows.cuh): every block norms the rows for itself.
+// More rows are too many for that: a kernel norms them while the product's begins to read the weights
+// (detail/few_rows_sm90.cuh).
 
 #include "ratplus/backend/cuda/detail/few_rows.cuh"
+#include "ratplus/backend/cuda/detail/few_rows_sm90.cuh"
 #include "ratplus/backend/cuda/gelu.cuh"
+#include "ratplus/backend/cuda/norm.cuh"
 #include "ratplus/ops/norm_matmul.hpp"
 
 namespace ratplus::cuda {
@@ -59,7 +63,63 @@ struct activated_out {
     const float rounded = to_float(c(m, n));
     activated(m, n) = from_float<bfloat16>(rounded * standard_normal(rounded).cdf);
   }
+
+  [[nodiscard]] bool in_pairs() const { return aligned(c, 2) && aligned(activated, 2); }
+  __device__ float2 pair_before(int, int) const { return {}; }
+  __device__ void write_pair(int m, int n, float2 x) const {
+    float pair[2] = {x.x, x.y};
+    const packed<bfloat16, 2> rounded = narrow<bfloat16, 2>(pair);
+    *reinterpret_cast<packed<bfloat16, 2>*>(c.row(m) + n) = rounded;
+    widen(rounded, pair);
+#pragma unroll
+    for (float& v : pair) v *= standard_normal(v).cdf;
+    store(activated.row(m) + n, pair);
+  }
 };
+
+/// normed = RMSNorm(x; norm), a block a row of at most 4096 channels, which stay in registers. The product after it may
+/// begin at once, while the kernel before this one runs: before its own wait it reads a parameter and nothing else.
+template <class T>
+__global__ void __launch_bounds__(row_threads) norm_rows_kernel(rms_norm_forward_args<T> p) {
+  constexpr int V = widest<float>, most = 4;
+  let_next_begin();
+  const int d = static_cast<int>(p.x.extent(1));
+  float x[most][V], w[most][V];
+#pragma unroll
+  for (int u = 0; u < most; ++u)
+    if (const int i = (u * row_threads + static_cast<int>(threadIdx.x)) * V; i < d) load(p.weight.data() + i, w[u]);
+  previous_done();
+  float squares = 0;
+#pragma unroll
+  for (int u = 0; u < most; ++u)
+    if (const int i = (u * row_threads + static_cast<int>(threadIdx.x)) * V; i < d) load(p.x.row(blockIdx.x) + i, x[u]);
+#pragma unroll
+  for (int u = 0; u < most; ++u)
+    if (const int i = (u * row_threads + static_cast<int>(threadIdx.x)) * V; i < d)
+#pragma unroll
+      for (int j = 0; j < V; ++j) squares += x[u][j] * x[u][j];
+  const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(d) + static_cast<float>(rms_norm_epsilon));
+#pragma unroll
+  for (int u = 0; u < most; ++u)
+    if (const int i = (u * row_threads + static_cast<int>(threadIdx.x)) * V; i < d) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[u][j] *= rstd * w[u][j];
+      store(p.y.row(blockIdx.x) + i, x[u]);
+    }
+  if (p.rstd && threadIdx.x == 0) p.rstd[blockIdx.x] = rstd;
+}
+
+/// Norm and product of more rows; false where they are not served.
+template <class T, class TC, class Out>
+[[nodiscard]] bool run_normed(context& ctx, const norm_matmul_args<T, TC>& p, const Out& out) {
+  const index_t M = p.x.extent(0), d = p.x.extent(1);
+  const view<const T, 2> normed = p.normed;
+  if (d % 4 != 0 || d > 16 * row_threads || !aligned(normed, 4) || !streams(ctx, normed, out, p.b)) return false;
+  launch_overlapped(ctx, "rms_norm", norm_rows_kernel<T>, dim3(static_cast<unsigned>(M)), dim3(row_threads), 0,
+                    rms_norm_forward_args<T>{p.x, p.norm, p.normed, p.rstd});
+  run_streaming(ctx, normed, out, p.b, true);
+  return true;
+}
 
 }  // namespace detail::few_rows
 
@@ -72,8 +132,10 @@ template <class T, class TC>
     const normed_rows in{p.x, p.norm, p.rstd};
     const index_t M = p.x.extent(0);
     if constexpr (std::is_same_v<TC, bfloat16>)
-      if (p.activated) return run(ctx, in, activated_out{p.c, p.activated}, p.b, M, true);
-    return run(ctx, in, sums_out<TC>{p.c, {}}, p.b, M, true);
+      if (p.activated)
+        return run(ctx, in, activated_out{p.c, p.activated}, p.b, M, true) ||
+               run_normed(ctx, p, activated_out{p.c, p.activated});
+    return run(ctx, in, sums_out<TC>{p.c, {}}, p.b, M, true) || run_normed(ctx, p, sums_out<TC>{p.c, {}});
   }
   return false;
 }

@@ -25,6 +25,9 @@ inline constexpr index_t decoded_rows = 16;
 inline constexpr int decode_warps = 4;
 inline constexpr int decode_threads = 32 * decode_warps;
 
+/// A barrier among the threads that decode; a block may have others.
+__device__ inline void sync_decoding() { asm volatile("bar.sync 1, %0;" ::"n"(decode_threads) : "memory"); }
+
 /// How a warp holds rows of up to D channels: V consecutive channels a lane and access, `accesses` of them, `lanes`
 /// lanes a key, so that one access of the warp covers `keys` keys, and `batch` of them are read at once.
 template <int D, int V>
@@ -103,7 +106,8 @@ struct key_chunk {
   raw_channels<S, L::vector> k[L::batch][L::accesses], v[L::batch][L::accesses];
   unsigned there;  // bit u: whether the lane's u-th key exists
 
-  /// Keys `from` … of the segment.
+  /// Keys `from` … of the segment. Once: they lie in global memory and nobody else wants them.
+  template <bool Once = false>
   __device__ void read(const key_segment<S>& segment, index_t from, index_t d) {
     const int lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
     there = 0;
@@ -117,8 +121,13 @@ struct key_chunk {
       for (int a = 0; a < L::accesses; ++a) {
         const int c = a * L::lanes * L::vector + channel;
         if (exists && c < d) {
-          k[u][a].read(key + c);
-          v[u][a].read(value + c);
+          if constexpr (Once) {
+            k[u][a].read_once(key + c);
+            v[u][a].read_once(value + c);
+          } else {
+            k[u][a].read(key + c);
+            v[u][a].read(value + c);
+          }
         } else {
 #pragma unroll
           for (unsigned& word : k[u][a].word) word = 0;
@@ -160,8 +169,8 @@ struct key_chunk {
   }
 };
 
-/// A warp's walk over its chunks of some segments, which are dealt out in turn to all warps.
-template <class L, class S>
+/// A warp's walk over its chunks of some segments, which are dealt out in turn to all warps. Once: as in key_chunk.
+template <class L, class S, bool Once = false>
 class chunk_walk {
  public:
   /// `next`: the number of the warp's first chunk, from the first segment's beginning.
@@ -170,7 +179,7 @@ class chunk_walk {
     find();
   }
   __device__ explicit operator bool() const { return segment_ != end_; }
-  __device__ void read(key_chunk<L, S>& to, index_t d) const { to.read(*segment_, next_ * chunk, d); }
+  __device__ void read(key_chunk<L, S>& to, index_t d) const { to.template read<Once>(*segment_, next_ * chunk, d); }
   __device__ void operator++() {
     next_ += workers_;
     find();
@@ -200,49 +209,16 @@ struct decode_partials {
   int splits;
 };
 
-/// This block's share of row t of head h, sequence b: split blockIdx.x. prepare() is called when the first keys are on
-/// their way, before q, k and v of the row are read. f(c, x) is called with every channel of the result by the block
-/// that finishes the row, one thread for each channel; true in that block.
-template <class L, class Heads, class T, class KV, class Prepare, class F>
-__device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
-                           const decode_partials& parts, Prepare&& prepare, F&& f) {
-  constexpr int D = L::size;
-  const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
+/// A block's partial softmaxes in shared memory, one of each warp.
+template <class L>
+struct block_partials {
+  float sum[decode_warps], max[decode_warps], out[decode_warps][L::size];
+};
+
+/// Joins what a warp's lanes have of other keys and the same channels, and leaves it to the block.
+template <class L>
+__device__ void leave_partial(partial_softmax<L::channels>& state, block_partials<L>& block) {
   const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32, channel = lane_id % L::lanes * L::vector;
-  __shared__ row_segments<T, KV> segments;
-  if (threadIdx.x < key_runs::count) find_segments(heads, p, b, h, t, static_cast<int>(threadIdx.x), segments);
-  __syncthreads();
-  const index_t workers = static_cast<index_t>(parts.splits) * decode_warps;
-  index_t next = static_cast<index_t>(blockIdx.x) * decode_warps + warp;
-  key_chunk<L, KV> now, later;
-  chunk_walk<L, KV> past(segments.past, 2 * key_runs::count, next, workers);
-  if (past) past.read(now, d);
-  prepare();
-
-  const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
-  float q[L::channels];
-#pragma unroll
-  for (int a = 0; a < L::accesses; ++a)
-#pragma unroll
-    for (int i = 0; i < L::vector; ++i) {
-      const index_t c = a * L::lanes * L::vector + channel + i;
-      q[a * L::vector + i] = c < d ? scale * to_float(p.q(b, h, t, c)) : 0.0f;
-    }
-
-  partial_softmax<L::channels> state;
-  while (past) {
-    ++past;
-    if (past) past.read(later, d);
-    now.add_to(state, q);
-    now = later;
-  }
-  for (chunk_walk<L, T> fresh(segments.fresh, key_runs::count, next, workers); fresh; ++fresh) {
-    key_chunk<L, T> chunk;
-    fresh.read(chunk, d);
-    chunk.add_to(state, q);
-  }
-
-  // The lanes that hold the same channels of other keys, then the warps.
 #pragma unroll
   for (int offset = L::lanes; offset < 32; offset *= 2) {
     float other[L::channels];
@@ -252,19 +228,27 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
     const float other_sum = __shfl_xor_sync(~0u, state.sum, offset);
     state.join(other_max, other_sum, other);
   }
-  __shared__ float sums[decode_warps], maxima[decode_warps], outs[decode_warps][D];
   if (lane_id < L::lanes) {
 #pragma unroll
     for (int a = 0; a < L::accesses; ++a)
 #pragma unroll
       for (int i = 0; i < L::vector; ++i)
-        outs[warp][a * L::lanes * L::vector + channel + i] = state.out[a * L::vector + i];
+        block.out[warp][a * L::lanes * L::vector + channel + i] = state.out[a * L::vector + i];
     if (lane_id == 0) {
-      sums[warp] = state.sum;
-      maxima[warp] = state.max;
+      block.sum[warp] = state.sum;
+      block.max[warp] = state.max;
     }
   }
-  __syncthreads();
+}
+
+/// Joins a block's partial softmaxes of row t of head h, sequence b, split `split`, and finishes the row: see
+/// decode_row.
+template <class L, class T, class KV, class F>
+__device__ bool finish_row(const block_partials<L>& block, const attend_forward_args<T, KV>& p, index_t b, index_t h,
+                           index_t t, int split, const decode_partials& parts, F&& f) {
+  constexpr int D = L::size;
+  const index_t H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
+  const int warp = threadIdx.x / 32, lane_id = threadIdx.x % 32;
   const auto finish = [&](index_t c, float max, float sum, float out) {
     if (c < d) f(c, out / sum);
     if (p.lse && c == 0) p.lse(b, h, t) = (max + log2f(sum)) / log2_of_e;
@@ -273,11 +257,11 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
   float* partial = parts.partial + row * parts.splits * (D + 2);
   for (int c = threadIdx.x; c < D; c += decode_threads) {
     partial_softmax<1> joined;
-    for (int w = 0; w < decode_warps; ++w) joined.join(maxima[w], sums[w], {outs[w][c]});
+    for (int w = 0; w < decode_warps; ++w) joined.join(block.max[w], block.sum[w], {block.out[w][c]});
     if (parts.splits == 1) {
       finish(c, joined.max, joined.sum, joined.out[0]);
     } else {
-      float* mine = partial + blockIdx.x * (D + 2);
+      float* mine = partial + split * (D + 2);
       mine[c] = joined.out[0];
       if (c == 0) {
         mine[D] = joined.sum;
@@ -288,9 +272,9 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
   if (parts.splits == 1) return true;
   __shared__ bool last;
   __threadfence();
-  __syncthreads();
+  sync_decoding();
   if (threadIdx.x == 0) last = atomicAdd(parts.arrived + row, 1u) + 1 == static_cast<unsigned>(parts.splits);
-  __syncthreads();
+  sync_decoding();
   if (!last) return false;
   __threadfence();
   __shared__ float factors[decode_partials::most_splits], top, total;
@@ -299,9 +283,9 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
     float max[each], sum[each], greatest = -1e30f, all = 0;
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-      const int split = i * 32 + lane_id;
-      max[i] = split < parts.splits ? __ldcg(partial + split * (D + 2) + D + 1) : -1e30f;
-      sum[i] = split < parts.splits ? __ldcg(partial + split * (D + 2) + D) : 0.0f;
+      const int other = i * 32 + lane_id;
+      max[i] = other < parts.splits ? __ldcg(partial + other * (D + 2) + D + 1) : -1e30f;
+      sum[i] = other < parts.splits ? __ldcg(partial + other * (D + 2) + D) : 0.0f;
       greatest = fmaxf(greatest, max[i]);
     }
 #pragma unroll
@@ -320,7 +304,7 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
       parts.arrived[row] = 0;
     }
   }
-  __syncthreads();
+  sync_decoding();
   for (int c = threadIdx.x; c < D; c += decode_threads) {
     float out = 0;
 #pragma unroll 8
@@ -328,6 +312,61 @@ __device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>&
     finish(c, top, total, out);
   }
   return true;
+}
+
+/// A lane's channels of the query of row t, for scores in base 2.
+template <class L, class T, class KV>
+__device__ void scaled_query(const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
+                             float (&q)[L::channels]) {
+  const index_t d = p.q.extent(3);
+  const float scale = log2_of_e * rsqrtf(static_cast<float>(d));
+#pragma unroll
+  for (int a = 0; a < L::accesses; ++a)
+#pragma unroll
+    for (int i = 0; i < L::vector; ++i) {
+      const index_t c = (a * L::lanes + threadIdx.x % 32 % L::lanes) * L::vector + i;
+      q[a * L::vector + i] = c < d ? scale * to_float(p.q(b, h, t, c)) : 0.0f;
+    }
+}
+
+/// This block's share of row t of head h, sequence b: split blockIdx.x. prepare() is called when the first keys are on
+/// their way, before q, k and v of the row are read. f(c, x) is called with every channel of the result by the block
+/// that finishes the row, one thread for each channel; true in that block.
+template <class L, class Heads, class T, class KV, class Prepare, class F>
+__device__ bool decode_row(const Heads& heads, const attend_forward_args<T, KV>& p, index_t b, index_t h, index_t t,
+                           const decode_partials& parts, Prepare&& prepare, F&& f) {
+  const index_t d = p.q.extent(3);
+  const int warp = threadIdx.x / 32;
+  __shared__ row_segments<T, KV> segments;
+  if (threadIdx.x < key_runs::count) find_segments(heads, p, b, h, t, static_cast<int>(threadIdx.x), segments);
+  __syncthreads();
+  const index_t workers = static_cast<index_t>(parts.splits) * decode_warps;
+  index_t next = static_cast<index_t>(blockIdx.x) * decode_warps + warp;
+  key_chunk<L, KV> now, later;
+  chunk_walk<L, KV, true> past(segments.past, 2 * key_runs::count, next, workers);
+  if (past) past.read(now, d);
+  prepare();
+
+  float q[L::channels];
+  scaled_query<L>(p, b, h, t, q);
+
+  partial_softmax<L::channels> state;
+  while (past) {
+    ++past;
+    if (past) past.read(later, d);
+    now.add_to(state, q);
+    now = later;
+  }
+  for (chunk_walk<L, T> fresh(segments.fresh, key_runs::count, next, workers); fresh; ++fresh) {
+    key_chunk<L, T> chunk;
+    fresh.read(chunk, d);
+    chunk.add_to(state, q);
+  }
+
+  __shared__ block_partials<L> block;
+  leave_partial<L>(state, block);
+  sync_decoding();
+  return finish_row(block, p, b, h, t, static_cast<int>(blockIdx.x), parts, f);
 }
 
 template <class L, class Heads, class T, class KV>
@@ -345,6 +384,13 @@ __global__ void __launch_bounds__(decode_threads)
   }
   decode_row<L>(
       heads, p, b, h, t, parts, [] {}, [&](index_t c, float x) { out[c] = from_float<T>(x); });
+}
+
+template <class L>
+[[nodiscard]] decode_partials make_partials(context& ctx, index_t rows, index_t splits) {
+  const index_t partials = rows * splits * (L::size + 2);
+  return {static_cast<float*>(ctx.scratch(static_cast<std::size_t>(partials) * sizeof(float))),
+          ctx.counters(static_cast<std::size_t>(rows)), static_cast<int>(splits)};
 }
 
 /// Blocks for `rows` rows of each of H heads of B sequences, and what they share their results in. `slots`: the most
@@ -365,12 +411,7 @@ struct decode_grid {
       return std::min(waves * 4 * ctx.multiprocessors() / all, ceil_div(keys, chunks * chunk));
     };
     const index_t splits = std::clamp<index_t>(std::max(split(1, 1), split(4, 16)), 1, decode_partials::most_splits);
-    parts = {nullptr, nullptr, static_cast<int>(splits)};
-    if (splits > 1) {
-      parts.partial =
-          static_cast<float*>(ctx.scratch(static_cast<std::size_t>(all * splits * (L::size + 2)) * sizeof(float)));
-      parts.arrived = ctx.counters(static_cast<std::size_t>(all));
-    }
+    parts = splits > 1 ? make_partials<L>(ctx, all, splits) : decode_partials{nullptr, nullptr, 1};
     blocks = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(H * rows), static_cast<unsigned>(B));
   }
 };

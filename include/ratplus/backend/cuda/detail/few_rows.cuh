@@ -73,9 +73,11 @@ struct group {
  private:
   // Volatile: asked for here and not where it is needed.
   static __device__ void read(uint4& x, const bfloat16* p) {
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    std::uint64_t once;  // what is read again shall stay in the second-level cache
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(__cvta_generic_to_global(p)));
+                 : "l"(__cvta_generic_to_global(p)), "l"(once));
   }
 };
 
@@ -141,6 +143,17 @@ struct sums_out {
 
   __device__ float before(int m, int n) const { return addend ? to_float(addend(m, n)) : 0.0f; }
   __device__ void write(int m, int n, float x) const { c(m, n) = from_float<TC>(x); }
+
+  [[nodiscard]] bool in_pairs() const { return aligned(c, 2) && (!addend || aligned(addend, 2)); }
+  __device__ float2 pair_before(int m, int n) const {
+    float x[2] = {};
+    if (addend) load(addend.row(m) + n, x);
+    return {x[0], x[1]};
+  }
+  __device__ void write_pair(int m, int n, float2 x) const {
+    const float pair[2] = {x.x, x.y};
+    store(c.row(m) + n, pair);
+  }
 };
 
 /// Queues the product; false where this kernel does not serve it: more rows, other extents or alignment.

@@ -167,12 +167,38 @@ __device__ inline void load_panel(void* to, const CUtensorMap& map, barrier& don
       : "memory");
 }
 
+/// A policy of the second-level cache for what is read once: it does not push out what is read again.
+[[nodiscard]] __device__ inline std::uint64_t read_once() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+/// load_panel under such a policy.
+__device__ inline void load_panel(void* to, const CUtensorMap& map, barrier& done, int channel, int row, int head,
+                                  int sequence, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(shared_address(&done)), "r"(channel), "r"(row), "r"(head),
+      "r"(sequence), "l"(policy)
+      : "memory");
+}
+
 /// `bytes` neighbours, both ends and the count at multiples of 16: global → shared memory.
 __device__ inline void load_bytes(void* to, const void* from, int bytes, barrier& done) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&done))
                : "memory");
+}
+
+/// load_bytes under a policy of the second-level cache.
+__device__ inline void load_bytes(void* to, const void* from, int bytes, barrier& done, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&done)), "l"(policy)
+      : "memory");
 }
 
 /// One panel: shared memory → global.
@@ -282,6 +308,7 @@ __device__ inline void pin(float (&d)[N]) {
 #define RATPLUS_R32                                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define RATPLUS_R40 RATPLUS_R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define RATPLUS_R64                                                                                             \
   RATPLUS_R32                                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
@@ -291,12 +318,18 @@ __device__ inline void pin(float (&d)[N]) {
 /// the summed dimension contiguous.
 template <int Size>
 __device__ inline void product(float (&d)[Size], std::uint64_t a, std::uint64_t b, bool accumulate) {
-  static_assert(Size == 32 || Size == 64);
+  static_assert(Size == 32 || Size == 40 || Size == 64);
   if constexpr (Size == 64)
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RATPLUS_R64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
         : RATPLUS_F32(d, 0), RATPLUS_F32(d, 32)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  else if constexpr (Size == 40)
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {" RATPLUS_R40 "}, %40, %41, p, 1, 1, 0, 0;\n}"
+        : RATPLUS_F32(d, 0), RATPLUS_F8(d, 32)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   else
     asm volatile(
@@ -331,6 +364,7 @@ __device__ inline void product(float (&d)[Size], const std::uint32_t (&a)[4], st
 #undef RATPLUS_F8
 #undef RATPLUS_F32
 #undef RATPLUS_R32
+#undef RATPLUS_R40
 #undef RATPLUS_R64
 
 /// Two floats rounded to bfloat16, `low` in the lower half.

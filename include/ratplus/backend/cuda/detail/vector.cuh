@@ -83,6 +83,20 @@ struct raw_channels {
       for (int j = 0; j < piece; ++j) word[i + j] = all.at[j];
     }
   }
+  /// The same from global memory; the second-level cache need not keep it.
+  __device__ void read_once(const T* p) {
+    if constexpr (piece == 4) {
+      std::uint64_t once;
+      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+#pragma unroll
+      for (int i = 0; i < words; i += 4)
+        asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                     : "=r"(word[i]), "=r"(word[i + 1]), "=r"(word[i + 2]), "=r"(word[i + 3])
+                     : "l"(__cvta_generic_to_global(p) + 4 * i), "l"(once));
+    } else {
+      read(p);
+    }
+  }
   __device__ float operator[](int i) const {
     if constexpr (sizeof(T) == 4)
       return __uint_as_float(word[i]);
@@ -96,6 +110,7 @@ struct raw_channels<bfloat16, 1> {
   unsigned word[1];
 
   __device__ void read(const bfloat16* p) { word[0] = p->bits; }
+  __device__ void read_once(const bfloat16* p) { read(p); }
   __device__ float operator[](int) const { return __uint_as_float(word[0] << 16); }
 };
 
