@@ -66,11 +66,6 @@ void core_step_on(context& ctx, const C& cell, const P& pattern, const core_forw
     if (detail::run_core_stream<L>(ctx, cell, heads, p, slots)) return;
     const detail::decode_grid<L> grid(ctx, B, H, 1, slots);
     const auto kernel = detail::core_step_kernel<L, C, std::decay_t<decltype(heads)>, T, KV>;
-#ifdef CARVE_CORE
-    // Loads on their way to registers need room in the first-level cache, which shares its memory with the products'
-    // rings.
-    detail::check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 25), "core");
-#endif
     detail::launch_overlapped(ctx, "core", kernel, grid.blocks, dim3(detail::decode_threads), 0, cell, heads, p,
                               grid.parts);
   });

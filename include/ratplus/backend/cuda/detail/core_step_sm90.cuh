@@ -1,25 +1,18 @@
 #pragma once
-// A decoding step's core on Hopper, for as many rows as fill the card and not too many keys a row: blocks stay and walk
-// over the rows. One warp has the copy engine bring chunks of keys and values into a ring, running ahead across the
-// ends of rows, so that the memory is busy while the others do a row's recurrence or finish it.
+// A decoding step's core on Hopper, for as many rows as fill the card: blocks stay and walk over the rows. One warp has
+// the copy engine bring chunks of keys and values into a ring, running ahead across the ends of rows, so that the
+// memory is busy while the others do a row's recurrence or finish it.
 
 #include "ratplus/backend/cuda/detail/core_step.cuh"
 #include "ratplus/backend/cuda/detail/hopper.cuh"
 
 namespace ratplus::cuda::detail {
 
-#ifndef CORE_BLOCKS
-#define CORE_BLOCKS 4
-#define CORE_STAGES 2
-#endif
-#ifndef CORE_KEYS
-#define CORE_KEYS 1024
-#endif
-
-/// Where a step of many rows is done so, and how.
+/// A block's ring. Four of 32 KB on their way to a multiprocessor are quicker than three of 64 KB, beside which the
+/// next kernel's blocks find no room.
 template <class L, class KV>
 struct core_ring {
-  static constexpr int blocks = CORE_BLOCKS, stages = CORE_STAGES;  // blocks of a multiprocessor
+  static constexpr int blocks = 4, stages = 2;  // blocks of a multiprocessor
   static constexpr int chunk = L::keys * L::batch * decode_warps;
   static constexpr int tile_bytes = chunk * L::size * static_cast<int>(sizeof(KV));  // keys or values of a chunk
   static constexpr int shared_bytes = stages * 2 * tile_bytes;
@@ -171,7 +164,7 @@ __global__ void __launch_bounds__(decode_threads + 32, core_ring<L, KV>::blocks)
 #endif
 }
 
-/// Queues a step as above; false where it is not served: fewer rows, many keys, other alignment or hardware.
+/// Queues a step as above; false where it is not served: fewer rows, other alignment or hardware.
 template <class L, class C, class Heads, class T, class KV>
 [[nodiscard]] bool run_core_stream(context& ctx, const C& cell, const Heads& heads, const core_forward_args<T, KV>& p,
                                    index_t slots) {
@@ -179,11 +172,13 @@ template <class L, class C, class Heads, class T, class KV>
   if constexpr (L::vector == widest<KV> && L::size <= 128) {
     const index_t rows = p.q.extent(0) * p.q.extent(1), capacity = index_t{R::blocks} * ctx.multiprocessors();
     const auto kernel = core_stream_kernel<L, C, Heads, T, KV>;
-    if (ctx.properties().major != 9 || rows < ctx.multiprocessors() || slots > CORE_KEYS || !hopper::compiled(kernel))
-      return false;
-    const index_t splits = std::clamp<index_t>(capacity / rows, 1, ceil_div(slots, R::chunk));
-    decode_partials parts{nullptr, nullptr, static_cast<int>(splits)};
-    if (splits > 1) parts = make_partials<L>(ctx, rows, splits);
+    if (ctx.properties().major != 9 || rows < ctx.multiprocessors() || !hopper::compiled(kernel)) return false;
+    // One wave of blocks; several units a block, for balance, where rows are long.
+    const index_t chunks = ceil_div(slots, R::chunk), most = std::min(8 * capacity / rows, chunks / 16);
+    const index_t splits =
+        std::clamp<index_t>(std::max(std::min(capacity / rows, chunks), most), 1, decode_partials::most_splits);
+    const decode_partials parts =
+        splits > 1 ? make_partials<L>(ctx, rows, splits) : decode_partials{nullptr, nullptr, 1};
     launch_overlapped(ctx, "core", kernel, dim3(static_cast<unsigned>(std::min(capacity, rows * splits))),
                       dim3(decode_threads + 32), static_cast<std::size_t>(R::shared_bytes), cell, heads, p, parts);
     return true;
