@@ -130,7 +130,8 @@ inline void matmul_on(context& ctx, const matmul_args<float>& p) {
     });
     return;
   }
-  const auto [rows, columns] = block_shape(M, N);
+  const auto block = block_shape(M, N);
+  const index_t rows = block.first, columns = block.second;
   const index_t row_blocks = (M + rows - 1) / rows, column_blocks = (N + columns - 1) / columns;
   const index_t work = 2 * rows * columns * K;
   const single_threaded_products guard;
