@@ -29,12 +29,7 @@ __global__ void __launch_bounds__(decode_threads)
   __shared__ step_row<T, L::size> row;
   const index_t position = memory.spans.first[b];
 
-  const auto everywhere = [&](const T* x) { return view<const T, 4>(x, p.q.shape(), {{0, 0, 0, 1}}); };
-  const attend_forward_args<T, KV> attend{.q = everywhere(row.q),
-                                          .k = everywhere(row.k),
-                                          .v = everywhere(row.v),
-                                          .past = {memory.k_pool, memory.v_pool, memory.heads, nullptr},
-                                          .spans = memory.spans};
+  const attend_forward_args<T, KV> attend = row.attention(p);
   const auto recur = [&] {
     wait_for_previous();
     row.fill(cell, p, b, h, position);

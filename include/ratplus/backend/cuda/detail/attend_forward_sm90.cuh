@@ -343,8 +343,10 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
           softmax.sum[half] = own.begin < own.end && lane % 4 == 0 ? 1.0f : 0.0f;
         }
         bar.v_full[values.stage].wait(values.parity);
-        if (const int used = rows.used - t0 - step * Keys; used < Keys && rows.used < shape.T)
-          zero_rows<D, Keys>(v_of_step(), max(used, 0), thread, group_id);
+        // A group's own 64 rows alone: the others are read by other groups.
+        const int own_first = 64 * group % Keys, own_end = own_first + 64, used = rows.used - t0 - step * Keys;
+        if (used < own_end && rows.used < shape.T)
+          zero_rows<D, Keys>(v_of_step(), max(used, own_first), thread, group_id, own_end);
         // Copied by a product with a diagonal of ones, in blocks of 16 × 16.
         const bool diagonal = static_cast<unsigned>(here) % 4 == static_cast<unsigned>(here) / 8,
                    odd = here / 4 % 2 == 1;

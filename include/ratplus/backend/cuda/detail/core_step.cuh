@@ -65,6 +65,18 @@ struct step_row {
     }
   }
 
+  /// Attention of this row, itself among the keys, over what the memory holds.
+  template <class KV>
+  [[nodiscard]] __device__ attend_forward_args<T, KV> attention(const core_forward_args<T, KV>& p) {
+    const core_memory<T, KV>& memory = p.memory;
+    const auto everywhere = [&](const T* x) { return view<const T, 4>(x, p.q.shape(), {{0, 0, 0, 1}}); };
+    return {.q = everywhere(q),
+            .k = everywhere(k),
+            .v = everywhere(v),
+            .past = {memory.k_pool, memory.v_pool, memory.heads, nullptr},
+            .spans = memory.spans};
+  }
+
   /// Leaves key, value and state to later rows. `homes`: slots of the pool that hold the row from now on, or < 0.
   template <class C, class KV>
   __device__ void keep(const core_forward_args<T, KV>& p, index_t b, index_t h, const index_t (&homes)[3]) {

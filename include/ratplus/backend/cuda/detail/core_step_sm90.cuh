@@ -36,12 +36,7 @@ __global__ void __launch_bounds__(decode_threads + 32, core_ring<L, KV>::blocks)
   __shared__ step_row<T, L::size> row;
   const index_t B = p.q.extent(0), H = p.q.extent(1), d = p.q.extent(3), units = B * H * parts.splits;
   const core_memory<T, KV>& memory = p.memory;
-  const auto everywhere = [&](const T* x) { return view<const T, 4>(x, p.q.shape(), {{0, 0, 0, 1}}); };
-  const attend_forward_args<T, KV> attend{.q = everywhere(row.q),
-                                          .k = everywhere(row.k),
-                                          .v = everywhere(row.v),
-                                          .past = {memory.k_pool, memory.v_pool, memory.heads, nullptr},
-                                          .spans = memory.spans};
+  const attend_forward_args<T, KV> attend = row.attention(p);
   if (threadIdx.x == 0) {
     for (int i = 0; i < R::stages; ++i) {
       full[i].init(1);
