@@ -147,7 +147,7 @@ TEMPLATE_TEST_CASE("core: other cells, hybrids and caches of another type", "", 
 }
 
 // As many as a GPU has multiprocessors are decoded in another way.
-TEMPLATE_TEST_CASE("core: many rows", "", RATPLUS_TEST_BACKENDS) {
+TEMPLATE_TEST_CASE("core: many rows", "", RATPLUS_TEST_TUNED_BACKENDS) {
   using T = typename TestType::scalar;
   TestType backend;
   for (const numbers& n : {numbers{1, 0, 0}, numbers{8, 6, 2}, numbers{4, 40, 0}, numbers{0, 7, 3}})

@@ -63,14 +63,17 @@ TEMPLATE_TEST_CASE("matmul: every size, transposition and addend", "", RATPLUS_T
           check_product<T>(backend, 65, 63, 127, transpose_a, transpose_b, what, where);
     }
   check_product<T>(backend, 1, 1, 1, false, false, plus::nothing, layout::packed);
-  // A few rows by rows, as in decoding.
+}
+
+TEMPLATE_TEST_CASE("matmul: a few rows by rows, as in decoding, and a batch of rows", "", RATPLUS_TEST_TUNED_BACKENDS) {
+  using T = typename TestType::scalar;
+  TestType backend;
   for (const index_t M : {1, 2, 3, 4, 5})
     for (const index_t K : {8, 200, 2048, 2056, 4104})
       for (const plus what : {plus::nothing, plus::itself})
         check_product<T>(backend, M, 19, K, false, true, what, layout::packed);
   check_product<T>(backend, 8, 2501, 256, false, true, plus::other, layout::packed);
   check_product<T>(backend, 7, 40, 8192, false, true, plus::nothing, layout::packed);
-  // And a batch of rows.
   for (const index_t M : {9, 16, 17, 33, 63, 64, 65})
     for (const auto& [N, K] : {std::pair<index_t, index_t>{130, 72}, {18, 1000}, {330, 264}, {257, 64}, {2048, 136}})
       for (const plus what : {plus::nothing, plus::itself})

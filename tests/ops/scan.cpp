@@ -151,7 +151,7 @@ TEMPLATE_TEST_CASE("scan: every size", "", RATPLUS_TEST_BACKENDS) {
   check_scan(backend, gated_average{}, oracle::gated_average_step(), large);
 }
 
-TEMPLATE_TEST_CASE("scan: more work than a device does at once", "", RATPLUS_TEST_BACKENDS) {
+TEMPLATE_TEST_CASE("scan: more work than a device does at once", "", RATPLUS_TEST_TUNED_BACKENDS) {
   TestType backend;
   const auto check = [&](index_t B, index_t rows, index_t d) {
     scan_case c;

@@ -21,5 +21,7 @@ struct cuda_bfloat16 : cuda_backend<bfloat16> {};
 #define RATPLUS_TEST_BACKENDS ratplus_tests::cuda_float, ratplus_tests::cuda_bfloat16
 /// For whole models in full precision.
 #define RATPLUS_TEST_MODEL_BACKENDS ratplus_tests::cuda_float
+/// For sizes at which a tuned backend goes another way.
+#define RATPLUS_TEST_TUNED_BACKENDS RATPLUS_TEST_BACKENDS
 
 }  // namespace ratplus_tests

@@ -39,7 +39,7 @@ struct backend {
 
 #if defined(__CUDACC__)
 }  // namespace ratplus_tests
-#include "support/backends.cuh"  // cuda_float, cuda_bfloat16 and the two lists
+#include "support/backends.cuh"  // cuda_float, cuda_bfloat16 and the lists
 namespace ratplus_tests {
 #else
 struct reference_float : backend<ratplus::reference::context, float> {};
@@ -51,6 +51,8 @@ struct cpu_float : backend<ratplus::cpu::context, float> {};
       ratplus_tests::cpu_float
 /// For whole models in full precision.
 #define RATPLUS_TEST_MODEL_BACKENDS ratplus_tests::reference_double, ratplus_tests::cpu_float
+/// For sizes at which a tuned backend goes another way; the reference has one.
+#define RATPLUS_TEST_TUNED_BACKENDS ratplus_tests::cpu_float
 #endif
 
 /// Sizes at and around the tiles that kernels use, and primes.
