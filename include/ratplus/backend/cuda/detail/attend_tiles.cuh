@@ -315,15 +315,19 @@ __device__ inline void zero_rows(char* tile, int from, int thread, int barrier_i
 template <int N, int Rows>
 __device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[Rows], int row, int start, int lane) {
   const int column = start + 2 * (lane & 3);
+  // How many of a row's elements of this thread, of columns 0, 1, 8, 9, 16 … from there, lie before one.
+  const auto before = [&](int x) {
+    const int columns = min(max(x - column, 0), 2 * N);
+    return columns / 8 * 2 + min(columns % 8, 2);
+  };
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const lattice_range seen = rows[row + 8 * h];
-    const auto width = static_cast<unsigned>(seen.end - seen.begin);
+    const int first = before(seen.begin);
+    const std::uint32_t bits = hopper::bits_from(first, before(seen.end) - first);
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (static_cast<unsigned>(column + 8 * j + e - seen.begin) >= width) s[4 * j + 2 * h + e] = -INFINITY;
+    for (int i = 0; i < N / 2; ++i)
+      if ((bits >> i & 1) == 0) s[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
   }
 }
 
