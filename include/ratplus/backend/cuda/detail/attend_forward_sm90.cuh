@@ -4,14 +4,13 @@
 //     S = q kᵀ     P = e^{S/√d − m}     out = P v / Σ P     with running maxima m (softmax in one pass over the keys)
 //
 // One thread block per multiprocessor works through tiles of 192 queries. Of its first warp group one warp works out
-// which keys each query of the next tiles sees, one feeds steps of 128 or 64 keys into a ring, one their values, and
-// one loads queries and stores results, which take the place of their queries. A run of every D-th key is a tensor map
-// whose row stride is D rows, so that sparse and dense tiles are the same to everything that follows. Three warp groups
-// compute, 64 queries each, every one on its own: scores, softmax, products with the values, one after the other. A
-// warp that issues a product waits for the tensor cores, so that there is little to gain from overlapping the two
-// inside a group; while one group does the one, the others do the other. Each group leaves out the steps, and the
-// halves of steps, that none of its rows sees, and masks only what some row sees in part, by the two bounds of each
-// row.
+// which keys each query of the next tiles sees, one feeds steps of 64 keys into a ring, one their values, and one loads
+// queries and stores results, which take the place of their queries. A run of every D-th key is a tensor map whose row
+// stride is D rows, so that sparse and dense tiles are the same to everything that follows. Three warp groups compute,
+// 64 queries each, every one on its own: scores, softmax, products with the values, one after the other, of two steps
+// at once where it can. A warp that issues a product waits for the tensor cores, so that there is little to gain from
+// overlapping the two inside a group; while one group does the one, the others do the other. Each group leaves out the
+// steps that none of its rows sees, and masks only what some row sees in part, by the two bounds of each row.
 
 #include "ratplus/backend/cuda/detail/attend_tiles.cuh"
 
@@ -29,19 +28,19 @@ struct forward_job {
   view<float, 3> lse;  // (B, H, T), absent: not wanted
 };
 
-/// Groups of 64 queries, and those of a tile; what the copy engine moves at once.
-inline constexpr int forward_groups = 3, forward_rows = 64 * forward_groups, forward_box = 64;
+/// Groups of 64 queries, and those of a tile; keys of a step, which the copy engine moves at once.
+inline constexpr int forward_groups = 3, forward_rows = 64 * forward_groups, forward_step = 64;
 
-/// Keys of a step: 128, with which each key costs least; or 64 for queries that see few keys beside their own and wait
-/// for memory rather than for products.
-template <int D, int Keys, int Runs>
+template <int D, int Runs>
 struct forward_memory {
-  static constexpr int q_rows = 64 * D * 2, step = Keys * D * 2;  // bytes: the queries of a group, keys of a step
   static constexpr bool past = Runs != key_runs::count;
-  static constexpr int queries = past ? 4 : 5;         // stages, each for a group's queries or results
-  static constexpr int stages = 256 / Keys * 128 / D;  // of keys, and of values
-  static constexpr int described = past ? 2 : 3;       // tiles
-  static constexpr int q = 0, k = queries * q_rows, v = k + stages * step, bounds = v + stages * step;
+  static constexpr int q_rows = 64 * D * 2;       // bytes of a group's queries
+  static constexpr int queries = past ? 4 : 5;    // stages, each for a group's queries or results
+  static constexpr int stages = 4 * 128 / D;      // of keys, and of values
+  static constexpr int described = past ? 2 : 3;  // tiles
+  // All steps' keys lie in one tile of panels, so that two of them side by side are an operand like one.
+  static constexpr int rows = stages * forward_step, ring = rows * D * 2, panel = rows * hopper::row_bytes;
+  static constexpr int q = 0, k = queries * q_rows, v = k + ring, bounds = v + ring;
   static constexpr int bytes =
       bounds + static_cast<int>(sizeof(row_bounds<Runs, forward_rows>[described])) + 1024;  // alignment
 };
@@ -56,27 +55,26 @@ struct forward_barriers {
   } rows[Queries];  // in the places of queries
 };
 
-/// The steps of a tile, in their order: the window's first, then anchors, then sinks, each run's from its end (where
-/// the mask is). step(run, start, keys) gets the first key, and how many of the step's there are in boxes of 64. A tile
-/// whose queries see nothing, or nothing but their own keys, gets one more that nobody sees, so that every tile has
-/// products.
-template <int Keys, int Runs, class Step>
-__device__ inline void for_steps(const row_bounds<Runs, forward_rows>& rows, Step&& step) {
+/// The runs of a tile that have steps, in their order: the window first, then anchors, then sinks. take(run, first,
+/// end) gets the first key and the one after the last. A tile whose queries see nothing, or nothing but their own keys,
+/// gets one more step that nobody sees, so that every tile has products.
+template <int Runs, class Take>
+__device__ inline void for_runs(const row_bounds<Runs, forward_rows>& rows, Take&& take) {
   bool products = false;
-  for (int run = Runs - 1; run >= 0; --run) {
-    const int first = rows.first(run), n = rows.at[run][forward_rows - 1].end - first;
-    if (n <= 0) continue;
+#pragma unroll 1
+  for (int run = Runs - 1; run >= -1; --run) {
+    const bool last = run < 0;
+    if (last && products) break;
+    const int first = last ? 0 : rows.first(run), end = last ? 1 : rows.at[run][forward_rows - 1].end;
+    if (end <= first) continue;
     products = products || !rows.own || run != rows.window;
-    const int last = (n - 1) / Keys * Keys;
-    step(run, first + last, n - last);
-    for (int start = last - Keys; start >= 0; start -= Keys) step(run, first + start, Keys);
+    take(last ? 0 : run, first, end);
   }
-  if (!products) step(0, 0, Keys);
 }
 
-/// The same steps for a group of 64 rows from first_row on, without those that none of them sees; the last step of a
-/// tile that has no others for them.
-template <int Keys, int Runs>
+/// The steps of 64 keys of these runs for a group of 64 rows from first_row on, without those that none of them sees;
+/// the last step of a tile that has no others for them.
+template <int Runs>
 struct group_walk {
   using rows_t = row_bounds<Runs, forward_rows>;
   int run = Runs, start = 0;  // of the step
@@ -86,37 +84,38 @@ struct group_walk {
   /// Counts in `passed` the steps between this one and the next.
   __device__ bool next(const rows_t& rows, int first_row, int& passed) {
     passed = 0;
-    if (start > last) {
-      start -= Keys;
+    if (start < last) {
+      start += forward_step;
       return true;
     }
     passed = after;
-    int lowest = Runs;  // the last run that has steps
+    int lowest = Runs, lowest_last = 0;  // the last run that has steps, and the start of its last
     while (--run >= 0) {
       const int first = rows.first(run), n = rows.at[run][forward_rows - 1].end - first;
       if (n <= 0) continue;
-      lowest = run;
+      const int steps = (n + forward_step - 1) / forward_step;
+      lowest = run, lowest_last = first + (steps - 1) * forward_step;
       const int begin = rows.at[run][first_row].begin, end = rows.at[run][first_row + 63].end;
-      const int steps = (n + Keys - 1) / Keys;
       if (end <= begin || rows.number * forward_rows + first_row >= rows.used) {
         passed += steps;
         continue;
       }
-      const int from = (begin - first) / Keys, to = (end - first + Keys - 1) / Keys;
-      passed += steps - to;
-      after = from;
-      last = first + from * Keys;
-      start = first + (to - 1) * Keys;
+      const int from = (begin - first) / forward_step, to = (end - first + forward_step - 1) / forward_step;
+      passed += from;
+      after = steps - to;
+      start = first + from * forward_step;
+      last = first + (to - 1) * forward_step;
       return any = true;
     }
     if (any) return false;
-    const bool none = lowest == Runs;
-    if (!none) --passed;
     after = 0;
-    run = none ? 0 : lowest;
-    start = last = none ? 0 : rows.first(run);
+    start = last = lowest_last;
+    run = lowest == Runs ? 0 : lowest;
+    if (lowest < Runs) --passed;
     return any = true;
   }
+  /// Whether the group sees the step after this one too, and it is of the same run.
+  [[nodiscard]] __device__ bool goes_on() const { return start < last; }
 };
 
 /// Softmax of two rows of a 64-row fragment, in one pass over the keys. `max` need only be near the maximum, so that no
@@ -189,13 +188,13 @@ __device__ inline void write_warp_rows(const float (&x)[D / 2], const float (&sc
   }
 }
 
-template <int D, int Keys, class Heads, class Past>
+template <int D, class Heads, class Past>
 __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
                              1) void attend_forward_sm90(const __grid_constant__ forward_job<Heads, Past> job) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
   constexpr int runs = Past::runs;
-  using memory = forward_memory<D, Keys, runs>;
+  using memory = forward_memory<D, runs>;
   using bounds_t = row_bounds<runs, forward_rows>;
   constexpr int queries = memory::queries, stages = memory::stages, described = memory::described;
   __shared__ forward_barriers<queries, stages, described> bar;
@@ -268,7 +267,7 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
           }
           bar.forgotten[tile.stage].arrive();
         }
-        for (int i = queries - used; i > 0; --i) at.advance();
+        at.advance(queries - used);
 #pragma unroll 1
         for (; used > 0; --used, at.advance()) store();
       } else {
@@ -283,15 +282,18 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
           const bounds_t& rows = bounds[tile.stage];
           more = rows.next < tiles;
           const int h = rows.h, b = rows.b;
-          for_steps<Keys>(rows, [&](int run, int start, int n) {
-            const lattice& from = job.keys.at[rows.lattice[run]];
-            const int wanted = n > forward_box ? Keys : forward_box;
-            empty[at.stage].wait(at.parity ^ 1);
-            full[at.stage].arrive_expecting(memory::step / Keys * wanted);
-            load_keys<D, Keys, forward_box>(to + at.stage * memory::step, values ? from.v : from.k, sinks,
-                                            run == rows.anchors ? rows.sinks : 0, full[at.stage], start,
-                                            from.pooled ? 0 : h, b, wanted);
-            at.advance();
+          for_runs(rows, [&](int run, int start, int end) {
+            const lattice& lattice = job.keys.at[rows.lattice[run]];
+            const lattice_rows& from = values ? lattice.v : lattice.k;
+            const int joined = run == rows.anchors ? rows.sinks : 0, of_head = lattice.pooled ? 0 : h;
+#pragma unroll 1
+            for (; start < end; start += forward_step) {
+              empty[at.stage].wait(at.parity ^ 1);
+              full[at.stage].arrive_expecting(memory::ring / stages);
+              load_keys<D, memory::rows>(to + at.stage * forward_step * row_bytes, from, sinks, joined, full[at.stage],
+                                         start, of_head, b);
+              at.advance();
+            }
           });
           bar.forgotten[tile.stage].arrive();
         }
@@ -306,7 +308,7 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
 
     ring_place<described> tile;
     ring_place<queries> q_at;
-    for (int i = 0; i < group; ++i) q_at.advance();
+    q_at.advance(group);
     ring_place<stages> at;
     float out[D / 2], shrink[2];
     running_softmax softmax;
@@ -318,9 +320,7 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
       __syncwarp();
       release(empty);
     };
-    const auto k_of_step = [&] { return base + memory::k + at.stage * memory::step; };
-    const auto v_of_step = [&] { return base + memory::v + at.stage * memory::step; };
-    const std::uint64_t k_places = operand(base + memory::k);
+    char *const k_ring = base + memory::k, *const v_ring = base + memory::v;
     // Lets steps pass that no row of the group sees. Whoever frees a place must have seen it filled.
     const auto pass = [&](int steps) {
 #pragma unroll 1
@@ -340,16 +340,16 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
       const int t0 = rows.number * forward_rows;
       char* const q = base + memory::q + q_at.stage * memory::q_rows;
       softmax = {};
-      group_walk<Keys, runs> walk;
+      group_walk<runs> walk;
       bar.q_full[q_at.stage].wait(q_at.parity);
       if (rows.own) {
         // Each row's own key: its score is the maximum so far, 1 the sum, and its value what is summed.
-        const int step = 64 * group / Keys, steps = (forward_rows + Keys - 1) / Keys;
-        const int here = computed_here(lane), own_row = first_row % Keys;
-        pass(steps - 1 - step);
+        const int here = computed_here(lane);
+        pass(group);
         walk.run = rows.window;
+        const int first = at.stage * forward_step, own_row = first + group_row;  // of the places of keys
         bar.k_full[at.stage].wait(at.parity);
-        multiply_own<D, 64, Keys>(q, group_row + here / 4, k_of_step(), own_row + here / 4, here, softmax.max);
+        multiply_own<D, 64, memory::rows>(q, group_row + here / 4, k_ring, own_row + here / 4, here, softmax.max);
         release_after_reads(bar.k_empty[at.stage]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -358,15 +358,13 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
           softmax.sum[half] = own.begin < own.end && lane % 4 == 0 ? 1.0f : 0.0f;
         }
         bar.v_full[at.stage].wait(at.parity);
-        // A group's own 64 rows alone: the others are read by other groups.
-        const int own_first = 64 * group % Keys, own_end = own_first + 64, used = rows.used - t0 - step * Keys;
-        if (used < own_end && rows.used < shape.T)
-          zero_rows<D, Keys>(v_of_step(), max(used, own_first), thread, group_id, own_end);
+        if (const int used = rows.used - t0 - 64 * group; used < 64 && rows.used < shape.T)
+          zero_rows<D, memory::rows>(v_ring, first + max(used, 0), thread, group_id, first + 64);
         // Copied by a product with a diagonal of ones, in blocks of 16 × 16.
         const bool diagonal = static_cast<unsigned>(here) % 4 == static_cast<unsigned>(here) / 8,
                    odd = here / 4 % 2 == 1;
         const std::uint32_t one = diagonal ? rounded_pair(odd ? 0 : 1, odd ? 1 : 0) : 0, ones[4] = {one, 0, 0, one};
-        const block_rows<Keys> v(v_of_step(), own_row, static_cast<unsigned>(here));
+        const block_rows<memory::rows> v(v_ring, own_row, static_cast<unsigned>(here));
 #pragma unroll
         for (int c = 0; c < D / 16; ++c) {
           std::uint32_t block[4];
@@ -381,7 +379,7 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
         }
         release_after_reads(bar.v_empty[at.stage]);
         at.advance();
-        pass(step);
+        pass(forward_groups - 1 - group);
       } else {
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) out[i] = 0;
@@ -389,27 +387,29 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
 
       int passed;
       bool same_tile = walk.next(rows, 64 * group, passed);
-      // Operands are known to lie in registers of the warp by a value that one lane gave.
       const std::uint64_t q_rows = operand_of_warp(q);
-      // A step of which the group sees so many keys from the one numbered `from` on; finds the next.
-      const auto take_step = [&](std::uint64_t k_rows, auto seen_keys, int from) {
-        constexpr int Seen = decltype(seen_keys)::value, panel = Keys * row_bytes;
+      // A step or two at once, which lie side by side and of which the group sees something; finds the next.
+      const auto take = [&](auto at_once) {
+        constexpr int places = decltype(at_once)::value, Seen = places * forward_step;
         float s[Seen / 2];
         std::uint32_t p[Seen / 16][4];
         const lattice_range(&of_run)[forward_rows] = rows.at[walk.run];
+        const int start = walk.start, first = at.stage * forward_step;
+        const std::uint64_t k_rows = operand_of_warp(k_ring + first * row_bytes);
+        for (int i = 0; i < places; ++i) bar.k_full[at.stage + i].wait(at.parity);
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < D / 16; ++c)
           product(s, advanced(q_rows, c / 4 * 64 * row_bytes + c % 4 * 32),
-                  advanced(k_rows, c / 4 * panel + c % 4 * 32), c > 0);
+                  advanced(k_rows, c / 4 * memory::panel + c % 4 * 32), c > 0);
         wgmma_commit();
         // Values of all rows are numbers if all rows are in use, also of rows that no query sees yet.
         const bool known = std::is_same_v<Past, no_past> && rows.used == shape.T;
-        const int start = walk.start + from, end = known ? Keys : of_run[forward_rows - 1].end - walk.start;
+        const int end = known ? Seen : of_run[forward_rows - 1].end - start;
         const bool partly = of_run[64 * group + 63].begin > start || of_run[64 * group].end < start + Seen;
         wgmma_wait<0>();
         hopper::pin(s);
-        release(bar.k_empty[at.stage]);
+        for (int i = 0; i < places; ++i) release(bar.k_empty[at.stage + i]);
         if (partly) mask_columns(s, of_run, row, start, lane);
         if (softmax.add(s, scale, shrink)) {
 #pragma unroll
@@ -417,37 +417,29 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
         }
         round_fragment(s, p);
 
-        bar.v_full[at.stage].wait(at.parity);
-        if (end < from + Seen) zero_rows<D, Keys>(v_of_step(), max(end, from), thread, group_id, from + Seen);
-        const std::uint64_t v_rows = across_panels(advanced(k_rows, memory::v - memory::k), panel);
+        for (int i = 0; i < places; ++i) bar.v_full[at.stage + i].wait(at.parity);
+        if (end < Seen) zero_rows<D, memory::rows>(v_ring, first + max(end, 0), thread, group_id, first + Seen);
+        const std::uint64_t v_rows = across_panels(advanced(k_rows, memory::v - memory::k), memory::panel);
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < Seen / 16; ++c) product<true>(out, p[c], advanced(v_rows, c * 16 * row_bytes), true);
         wgmma_commit();
-        barrier& v_empty = bar.v_empty[at.stage];
-        at.advance();
+        if (places == 2) walk.start += forward_step;
         same_tile = walk.next(rows, 64 * group, passed);
         wgmma_wait<0>();
         hopper::pin(out);
-        release(v_empty);
+        for (int i = 0; i < places; ++i) release(bar.v_empty[at.stage + i]);
       };
       do {
         pass(passed);
-        bool whole = true;
-        int from = 0;
-        if constexpr (Keys > forward_box) {
-          const lattice_range* const seen = &rows.at[walk.run][64 * group];
-          const int half = walk.start + forward_box;
-          const bool low = seen[0].begin < half;
-          whole = low && seen[63].end > half;
-          if (!low) from = forward_box;
-        }
-        const std::uint64_t k_rows = value_of_warp(advanced(k_places, at.stage * memory::step + from * row_bytes));
-        bar.k_full[at.stage].wait(at.parity);
-        if (whole)
-          take_step(k_rows, std::integral_constant<int, Keys>{}, 0);
-        else if constexpr (Keys > forward_box)
-          take_step(k_rows, std::integral_constant<int, forward_box>{}, from);
+        // Two where the second lies beside the first. Known as one value of the warp in this form, and so the stage is
+        // too.
+        const int places = walk.goes_on() ? 2 - (at.stage & 1) : 1;
+        if (places == 2)
+          take(std::integral_constant<int, 2>{});
+        else
+          take(std::integral_constant<int, 1>{});
+        at.advance(places);
       } while (same_tile);
       pass(passed);
 
@@ -474,14 +466,14 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
       write_warp_rows<D>(out, inverse, q, group_row, lane);
       fence_async_proxy();
       release_after_reads(bar.results[q_at.stage]);
-      for (int i = 0; i < forward_groups; ++i) q_at.advance();
+      q_at.advance(forward_groups);
     }
   }
 #endif
 }
 
 /// Queues the kernel; p.q, p.out and p.lse are read of p.
-template <int Keys, class Heads, class Past, class Args>
+template <class Heads, class Past, class Args>
 void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& keys, const Past& past, const Args& p) {
   const forward_job<Heads, Past> job{.q = hopper::tensor_map(rows_of(p.q), 64),
                                      .out = hopper::tensor_map(rows_of(p.out), 64),
@@ -496,25 +488,15 @@ void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& k
     launch(ctx, "attend", kernel, blocks, (forward_groups + 1) * hopper::group_threads, bytes, job);
   };
   if (p.q.extent(3) <= 64)
-    with(attend_forward_sm90<64, Keys, Heads, Past>, forward_memory<64, Keys, Past::runs>::bytes);
+    with(attend_forward_sm90<64, Heads, Past>, forward_memory<64, Past::runs>::bytes);
   else
-    with(attend_forward_sm90<128, Keys, Heads, Past>, forward_memory<128, Keys, Past::runs>::bytes);
+    with(attend_forward_sm90<128, Heads, Past>, forward_memory<128, Past::runs>::bytes);
 }
 
 template <class P, class Args>
 void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
-  constexpr index_t few = 1024;  // keys of a query, up to which a tile waits for memory: measured
-  const index_t H = p.q.extent(1), groups = head_groups(pattern);
-  bool few_beside_own = true;
-  for (index_t g = 0; g < groups; ++g)
-    visit_head(pattern, g, groups, [&](const auto& each) {
-      few_beside_own = few_beside_own && sees_own_key_alone(each) && each.keys(p.q.extent(2) - 1).keys() <= few;
-    });
-  const lattices keys = lattices_of(pattern, p.k, p.v, forward_box);
-  if (few_beside_own)
-    launch_forward_tiles<64>(ctx, on_device(pattern, H), keys, no_past{}, p);
-  else
-    launch_forward_tiles<128>(ctx, on_device(pattern, H), keys, no_past{}, p);
+  launch_forward_tiles(ctx, on_device(pattern, p.q.extent(1)), lattices_of(pattern, p.k, p.v, forward_step), no_past{},
+                       p);
 }
 
 }  // namespace ratplus::cuda::detail

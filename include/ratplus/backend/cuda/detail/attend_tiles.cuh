@@ -379,19 +379,16 @@ __device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barri
   for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
 }
 
-/// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, to a tile of Rows
-/// rows: the first `count` of them, in boxes of Box.
-template <int D, int Rows, int Box = Rows>
+/// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, a box of `from`, to
+/// panels of Rows rows.
+template <int D, int Rows>
 __device__ inline void load_keys(char* to, const lattice_rows& from, const CUtensorMap& sinks, int joined,
-                                 hopper::barrier& full, int start, int h, int b, int count = Rows) {
-  const int shift = joined > 0 ? sink_rows : 0;
-  for (int i = 0; i < count; i += Box, start += Box, to += Box * hopper::row_bytes) {
-    if (joined == 0 || start > 0) {
-      load_tile<D, Rows>(to, from.tile, full, start - shift, h, b);
-    } else {
-      load_tile<D, Rows>(to, sinks, full, joined - sink_rows, h, b);
-      load_tile<D, Rows>(to + sink_rows * hopper::row_bytes, from.rest, full, 0, h, b);
-    }
+                                 hopper::barrier& full, int start, int h, int b) {
+  if (joined == 0 || start > 0) {
+    load_tile<D, Rows>(to, from.tile, full, start - (joined > 0 ? sink_rows : 0), h, b);
+  } else {
+    load_tile<D, Rows>(to, sinks, full, joined - sink_rows, h, b);
+    load_tile<D, Rows>(to + sink_rows * hopper::row_bytes, from.rest, full, 0, h, b);
   }
 }
 

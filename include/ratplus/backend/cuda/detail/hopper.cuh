@@ -140,13 +140,15 @@ struct barrier {
 /// After all inits, before any other thread or the copy engine uses the barriers; a block barrier must follow.
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-/// Position in a ring of buffers, and the parity of the barrier phase that belongs to this lap.
+/// Position in a ring of buffers, and the parity of the barrier phase that belongs to this lap; it advances by no more
+/// than a lap.
 template <int Stages>
 struct ring_place {
   int stage = 0, parity = 0;
-  __device__ void advance() {
-    if (++stage == Stages) {
-      stage = 0;
+  __device__ void advance(int by = 1) {
+    stage += by;
+    if (stage >= Stages) {
+      stage -= Stages;
       parity ^= 1;
     }
   }
