@@ -403,8 +403,8 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
           product(s, advanced(q_rows, c / 4 * 64 * row_bytes + c % 4 * 32),
                   advanced(k_rows, c / 4 * memory::panel + c % 4 * 32), c > 0);
         wgmma_commit();
-        // Values of all rows are numbers if all rows are in use, also of rows that no query sees yet.
-        const bool known = std::is_same_v<Past, no_past> && rows.used == shape.T;
+        // How many of the step's values are known to be numbers. Anchors that no query sees yet are keys like others.
+        const bool known = std::is_same_v<Past, no_past> && walk.run == rows.anchors && rows.used == shape.T;
         const int end = known ? Seen : of_run[forward_rows - 1].end - start;
         const bool partly = of_run[64 * group + 63].begin > start || of_run[64 * group].end < start + Seen;
         wgmma_wait<0>();
