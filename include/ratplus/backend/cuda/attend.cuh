@@ -15,7 +15,7 @@ namespace detail {
 /// Whether the tiled kernels run here and can address these views.
 template <class... Views>
 [[nodiscard]] bool tileable(const context& ctx, index_t d, const Views&... views) {
-  static const bool compiled = hopper::compiled(attend_forward_sm90<128, 128, uniform_heads<any_sparse>, no_past>);
+  static const bool compiled = hopper::compiled(attend_forward_sm90<128, uniform_heads<any_sparse>, no_past>);
   return compiled && ctx.properties().major == 9 && d <= 128 && (hopper::addressable(rows_of(views)) && ...);
 }
 

@@ -139,8 +139,8 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
   const auto heads = on_device(pattern, H);
   if constexpr (sparse_on_device<std::remove_const_t<decltype(heads)>>) {
     const auto maps = [](const view<const bfloat16, 4>& k, const view<const bfloat16, 4>& v, bool pooled) {
-      return lattice{{hopper::tensor_map(rows_of(k), forward_box), {}},
-                     {hopper::tensor_map(rows_of(v), forward_box), {}},
+      return lattice{{hopper::tensor_map(rows_of(k), forward_step), {}},
+                     {hopper::tensor_map(rows_of(v), forward_step), {}},
                      0,
                      1,
                      pooled};
@@ -163,7 +163,7 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
              p.spans);
       keys.at[past_rows::gathered] = maps(k, v, false);
     }
-    launch_forward_tiles<128>(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p);
+    launch_forward_tiles(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p);
   }
 }
 

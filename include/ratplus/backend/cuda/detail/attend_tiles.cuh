@@ -315,15 +315,19 @@ __device__ inline void zero_rows(char* tile, int from, int thread, int barrier_i
 template <int N, int Rows>
 __device__ inline void mask_columns(float (&s)[N], const lattice_range (&rows)[Rows], int row, int start, int lane) {
   const int column = start + 2 * (lane & 3);
+  // How many of a row's elements of this thread, of columns 0, 1, 8, 9, 16 … from there, lie before one.
+  const auto before = [&](int x) {
+    const int columns = min(max(x - column, 0), 2 * N);
+    return columns / 8 * 2 + min(columns % 8, 2);
+  };
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const lattice_range seen = rows[row + 8 * h];
-    const auto width = static_cast<unsigned>(seen.end - seen.begin);
+    const int first = before(seen.begin);
+    const std::uint32_t bits = hopper::bits_from(first, before(seen.end) - first);
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (static_cast<unsigned>(column + 8 * j + e - seen.begin) >= width) s[4 * j + 2 * h + e] = -INFINITY;
+    for (int i = 0; i < N / 2; ++i)
+      if ((bits >> i & 1) == 0) s[i / 2 * 4 + 2 * h + i % 2] = -INFINITY;
   }
 }
 
@@ -375,19 +379,16 @@ __device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barri
   for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
 }
 
-/// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, to a tile of Rows
-/// rows: the first `count` of them, in boxes of Box.
-template <int D, int Rows, int Box = Rows>
+/// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, a box of `from`, to
+/// panels of Rows rows.
+template <int D, int Rows>
 __device__ inline void load_keys(char* to, const lattice_rows& from, const CUtensorMap& sinks, int joined,
-                                 hopper::barrier& full, int start, int h, int b, int count = Rows) {
-  const int shift = joined > 0 ? sink_rows : 0;
-  for (int i = 0; i < count; i += Box, start += Box, to += Box * hopper::row_bytes) {
-    if (joined == 0 || start > 0) {
-      load_tile<D, Rows>(to, from.tile, full, start - shift, h, b);
-    } else {
-      load_tile<D, Rows>(to, sinks, full, joined - sink_rows, h, b);
-      load_tile<D, Rows>(to + sink_rows * hopper::row_bytes, from.rest, full, 0, h, b);
-    }
+                                 hopper::barrier& full, int start, int h, int b) {
+  if (joined == 0 || start > 0) {
+    load_tile<D, Rows>(to, from.tile, full, start - (joined > 0 ? sink_rows : 0), h, b);
+  } else {
+    load_tile<D, Rows>(to, sinks, full, joined - sink_rows, h, b);
+    load_tile<D, Rows>(to + sink_rows * hopper::row_bytes, from.rest, full, 0, h, b);
   }
 }
 

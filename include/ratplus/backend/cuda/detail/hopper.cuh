@@ -140,13 +140,15 @@ struct barrier {
 /// After all inits, before any other thread or the copy engine uses the barriers; a block barrier must follow.
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-/// Position in a ring of buffers, and the parity of the barrier phase that belongs to this lap.
+/// Position in a ring of buffers, and the parity of the barrier phase that belongs to this lap; it advances by no more
+/// than a lap.
 template <int Stages>
 struct ring_place {
   int stage = 0, parity = 0;
-  __device__ void advance() {
-    if (++stage == Stages) {
-      stage = 0;
+  __device__ void advance(int by = 1) {
+    stage += by;
+    if (stage >= Stages) {
+      stage -= Stages;
       parity ^= 1;
     }
   }
@@ -240,6 +242,14 @@ __device__ inline void acquire_counted() { asm volatile("fence.acq_rel.gpu;\nfen
   return x;
 }
 
+/// True in one lane of a warp whose lanes are all present. The compiler then knows that one thread issues what follows,
+/// and need not find out whose operands a copy takes.
+[[nodiscard]] __device__ inline bool elected() {
+  std::uint32_t yes;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(yes));
+  return yes != 0;
+}
+
 /// A barrier among `threads` threads of the block; ids 1…15, 0 is __syncthreads.
 __device__ inline void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -279,11 +289,18 @@ __device__ inline void take_registers() {
   return operand >> 32 << 32 | low;
 }
 
-/// The same where all lanes of a warp are present, made known to the compiler as one value: what is computed from it
-/// then takes one instruction in registers of the warp, and not four in those of its threads.
+/// The same with this distance from panel to panel instead of operand's default.
+[[nodiscard]] __device__ inline std::uint64_t across_panels(std::uint64_t operand, int panel_to_panel) {
+  return advanced(operand, (panel_to_panel - 16) << 16);
+}
+
+/// An operand that all lanes of a warp hold, made known to the compiler as one value: what is computed from it then
+/// takes one instruction in registers of the warp, and not four in those of its threads.
+[[nodiscard]] __device__ inline std::uint64_t value_of_warp(std::uint64_t operand) {
+  return operand >> 32 << 32 | __shfl_sync(~0u, static_cast<std::uint32_t>(operand), 0);
+}
 [[nodiscard]] __device__ inline std::uint64_t operand_of_warp(const void* p, int panel_to_panel = 16) {
-  const std::uint64_t x = operand(p, panel_to_panel);
-  return x >> 32 << 32 | __shfl_sync(~0u, static_cast<std::uint32_t>(x), 0);
+  return value_of_warp(operand(p, panel_to_panel));
 }
 
 /// Orders register accesses before the wgmma that follow.
@@ -379,6 +396,13 @@ __device__ inline void product(float (&d)[Size], const std::uint32_t (&a)[4], st
   std::uint32_t word;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
+}
+
+/// `count` ones from bit `first` on, up to bit 31.
+[[nodiscard]] __device__ inline std::uint32_t bits_from(int first, int count) {
+  std::uint32_t bits;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(first), "r"(count));
+  return bits;
 }
 
 /// 2^x, to 2 units in the last place.
