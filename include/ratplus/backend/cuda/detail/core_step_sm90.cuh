@@ -168,10 +168,10 @@ template <class L, class C, class Heads, class T, class KV>
     const index_t rows = p.q.extent(0) * p.q.extent(1), capacity = index_t{R::blocks} * ctx.multiprocessors();
     const auto kernel = core_stream_kernel<L, C, Heads, T, KV>;
     if (ctx.properties().major != 9 || rows < ctx.multiprocessors() || !hopper::compiled(kernel)) return false;
-    // One wave of blocks; several units a block, for balance, where rows are long.
-    const index_t chunks = ceil_div(slots, R::chunk), most = std::min(8 * capacity / rows, chunks / 16);
-    const index_t splits =
-        std::clamp<index_t>(std::max(std::min(capacity / rows, chunks), most), 1, decode_partials::most_splits);
+    // A row is split only where there are fewer rows than blocks: the beginning and the end of a unit cost its block
+    // microseconds, more than a finer balance of long rows gains.
+    const index_t chunks = ceil_div(slots, R::chunk);
+    const index_t splits = std::max<index_t>(std::min(capacity / rows, chunks), 1);
     const decode_partials parts =
         splits > 1 ? make_partials<L>(ctx, rows, splits) : decode_partials{nullptr, nullptr, 1};
     launch_overlapped(ctx, "core", kernel, dim3(static_cast<unsigned>(std::min(capacity, rows * splits))),
