@@ -54,7 +54,7 @@ void core_step_on(context& ctx, const C& cell, const P& pattern, const core_forw
   const index_t B = p.q.extent(0), H = p.q.extent(1), d = p.q.extent(3);
   constexpr int V = detail::widest<KV>;
   const bool wide = d % V == 0 && detail::aligned(p.memory.k_pool, V) && detail::aligned(p.memory.v_pool, V);
-  const auto heads = detail::on_device(pattern, H);
+  const auto heads = detail::grouped_on_device(pattern, H);
   detail::with_decode_layout<KV>(d, wide, [&](auto layout) {
     using L = decltype(layout);
     const index_t slots = detail::slots_of_a_head(pattern, p.memory.k_pool.extent(1), H);

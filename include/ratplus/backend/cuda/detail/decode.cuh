@@ -422,7 +422,6 @@ void with_decode_layout(index_t d, bool wide, F&& f) {
   if (d > 256) throw cuda_error(message("attend: head size ", d, " is not supported on CUDA, at most 256 is"));
   constexpr int V = widest<KV>;
   if (!wide) return f(decode_layout<256, 1>{});
-  if (d <= 32) return f(decode_layout<32, V>{});
   if (d <= 64) return f(decode_layout<64, V>{});
   if (d <= 128) return f(decode_layout<128, V>{});
   return f(decode_layout<256, V>{});
@@ -440,7 +439,7 @@ void attend_decode(context& ctx, const P& pattern, const attend_forward_args<T, 
   const index_t B = p.q.extent(0), H = p.q.extent(1), rows = p.q.extent(2), d = p.q.extent(3);
   constexpr int V = widest<KV>;
   const bool wide = d % V == 0 && aligned(p.k, V) && aligned(p.v, V) && aligned(p.past.k, V) && aligned(p.past.v, V);
-  const auto heads = on_device(pattern, H);
+  const auto heads = grouped_on_device(pattern, H);
   with_decode_layout<KV>(d, wide, [&](auto layout) {
     using L = decltype(layout);
     const decode_grid<L> grid(ctx, B, H, rows, slots_of_a_head(pattern, p.past.k.extent(1), H));

@@ -118,4 +118,14 @@ auto on_device(const P& pattern, index_t heads) {
   }
 }
 
+/// The same for a kernel that is large and whose work does not wait for patterns: sparse ones have one type, whether
+/// heads differ or not, and the kernel half as many instantiations.
+template <class P>
+auto grouped_on_device(const P& pattern, index_t heads) {
+  if constexpr (SparsePattern<P>)
+    return groups_on_device(any_by_head(pattern), heads);
+  else
+    return on_device(pattern, heads);
+}
+
 }  // namespace ratplus::cuda::detail
