@@ -51,7 +51,8 @@ __device__ void find_bounds(row_bounds<past_rows::runs, Rows>& rows, const Heads
   const auto now = [&](int r) { return clip(keys[r], first, query + 1); };
 
   const bool all_kept = where.kept().dense();
-  const index_t sinks = head.offset + (all_kept ? where.first_anchor_slot() : 0);
+  // Without sinks at 0, where a tile that sees nothing takes its step: all of its values are then beyond the run's end.
+  const index_t sinks = old(0).empty() ? 0 : head.offset + (all_kept ? where.first_anchor_slot() : 0);
   set(0, source::pool, sinks + old(0).begin, sinks + old(0).end);
   set(1, source::fresh, now(0).begin - first, now(0).end - first);
 
