@@ -135,7 +135,7 @@ inline constexpr bool sparse_on_device =
     std::is_same_v<Heads, uniform_heads<any_sparse>> || std::is_same_v<Heads, sparse_heads>;
 
 template <class P, class Args>
-void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
+void attend_past_tiles(context& ctx, const P& pattern, const Args& p, const view<const float, 3>& scores) {
   const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
   const auto heads = on_device(pattern, H);
   if constexpr (sparse_on_device<std::remove_const_t<decltype(heads)>>) {
@@ -164,7 +164,7 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
              p.spans);
       keys.at[past_rows::gathered] = maps(k, v, false);
     }
-    launch_forward_tiles(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p);
+    launch_forward_tiles(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p, scores);
   }
 }
 
