@@ -20,4 +20,5 @@
 #include "ratplus/backend/cuda/norm_matmul.cuh"
 #include "ratplus/backend/cuda/sample.cuh"
 #include "ratplus/backend/cuda/scan.cuh"
+#include "ratplus/backend/cuda/scan_attend.cuh"
 #include "ratplus/backend/cuda/step.cuh"

@@ -146,6 +146,77 @@ TEMPLATE_TEST_CASE("core: other cells, hybrids and caches of another type", "", 
   check_core<bfloat16>(backend, gated_average{}, numbers{8, 6, 3}.pattern(), 2, 32, prompt_and_steps);
 }
 
+TEMPLATE_TEST_CASE("core: queries that see no neighbours", "", RATPLUS_TEST_BACKENDS) {
+  using T = typename TestType::scalar;
+  TestType backend;
+  for (const index_t d : {64, 128}) {
+    for (const numbers& n : {numbers{16, 0, 0}, numbers{3, 0, 2}, numbers{0, 0, 3}})
+      check_core<T>(backend, gated_average{}, n.pattern(), 3, d, prompt_and_steps);
+    check_core<T>(backend, chunked<>(7), by_groups({{4, 0, 0}, {1, 0, 0}, {8, 0, 1}}), 3, d, prompt_and_steps);
+    check_core<T>(backend, gated_average{}, numbers{8, 0, 2}.pattern(), numbers{4, 6, 3}.pattern(), 3, d,
+                  prompt_and_steps);
+  }
+}
+
+// Without a memory: y is the same whether or not a backward pass follows, and what that pass reads is there if it does.
+TEMPLATE_TEST_CASE("core: with and without a backward pass to follow", "", RATPLUS_TEST_BACKENDS) {
+  using T = typename TestType::scalar;
+  using A = accumulator_t<T>;
+  TestType backend;
+  auto& ctx = backend.ctx;
+  const index_t B = 2, H = 3, rows = 70;
+  for (const numbers& n : {numbers{16, 0, 2}, numbers{1, 0, 0}, numbers{8, 6, 2}})
+    for (const index_t d : {16, 128}) {
+      CAPTURE(n.text(), d);
+      const auto shape = dims(B, H, rows, d);
+      const auto q = random_array<T>(shape, 1);
+      const guarded k(ctx, random_array<T>(shape, 2)), v(ctx, random_array<T>(shape, 3)),
+          gate(ctx, random_array<T>(shape, 4));
+      const guarded out_gate(ctx, random_array<T>(dims(B * rows, H * d), 5));
+
+      const auto rope = make_rope_table<A>(ctx, rows, d, 10000.0);
+      array<T, 2> y[2];
+      for (const bool backward : {false, true}) {
+        guarded on_q(ctx, q);
+        auto keys = poisoned<T>(ctx, shape), values = poisoned<T>(ctx, shape);
+        auto attended = poisoned<T>(ctx, dims(B * rows, H * d)), on_y = poisoned<T>(ctx, dims(B * rows, H * d));
+        auto lse = poisoned<A>(ctx, dims(B, H, rows));
+        core_forward_args<T> p{.q = on_q.out(),
+                               .k = k.in(),
+                               .v = v.in(),
+                               .gate = gate.in(),
+                               .out_gate = out_gate.in(),
+                               .rope = rope,
+                               .k_scanned = keys.out(),
+                               .v_scanned = values.out(),
+                               .attended = attended.out(),
+                               .lse = lse.out(),
+                               .y = on_y.out(),
+                               .backward = backward};
+        core_forward(ctx, gated_average{}, n.pattern(), p);
+        y[backward] = on_y.read();
+        if (!backward) continue;
+        auto q_alone = poisoned<T>(ctx, shape), keys_alone = poisoned<T>(ctx, shape), out = poisoned<T>(ctx, shape);
+        auto lse_alone = poisoned<A>(ctx, dims(B, H, rows));
+        guarded q_in(ctx, q);
+        scan_forward(ctx, gated_average{},
+                     scan_forward_args<T>{.q = q_in.in(),
+                                          .k = k.in(),
+                                          .gate = gate.in(),
+                                          .q_out = q_alone.out(),
+                                          .k_out = keys_alone.out(),
+                                          .rope = rope});
+        CHECK(difference(keys.read(), keys_alone.read()) <= TestType::tolerance);
+        attend_forward(
+            ctx, n.pattern(),
+            attend_forward_args<T>{
+                .q = q_alone.in(), .k = keys_alone.in(), .v = values.in(), .out = out.out(), .lse = lse_alone.out()});
+        CHECK(difference(lse.read(), lse_alone.read()) <= TestType::tolerance);
+      }
+      CHECK(difference(y[0], y[1]) <= TestType::tolerance);
+    }
+}
+
 // As many as a GPU has multiprocessors are decoded in another way.
 TEMPLATE_TEST_CASE("core: many rows", "", RATPLUS_TEST_TUNED_BACKENDS) {
   using T = typename TestType::scalar;

@@ -182,6 +182,19 @@ TEMPLATE_TEST_CASE("scan: any of the streams may be absent", "", RATPLUS_TEST_BA
     }
 }
 
+// As many as fill a device: each is then walked by itself.
+TEMPLATE_TEST_CASE("scan: many heads", "", RATPLUS_TEST_BACKENDS) {
+  TestType backend;
+  scan_case c;
+  c.H = 67;
+  c.rows = 18;
+  c.B = 32, c.d = 64;
+  check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
+  c.B = 16, c.d = 128;
+  c.spans = c.in_place = true;
+  check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
+}
+
 TEMPLATE_TEST_CASE("scan: pieces with the carried state are the whole", "", RATPLUS_TEST_BACKENDS) {
   using T = typename TestType::scalar;
   using A = accumulator_t<T>;

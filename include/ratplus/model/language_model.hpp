@@ -326,7 +326,7 @@ class language_model {
       if (cache) memory = cache->template memory<T>(i, lengths);
       visit_layer(schedule, i, [&](const auto& heads) {
         mixer_forward<Ctx>(ctx, cell_, heads, config_, w.shape, weights_i.mixer, angles, w.stream(i), memory,
-                           tape.mixer, w.normed.view(), tape.middle.view());
+                           w.training, tape.mixer, w.normed.view(), tape.middle.view());
       });
       feed_forward_forward<Ctx, T>(ctx, weights_i.feed_forward, std::as_const(tape.middle), tape.feed_forward, w.normed,
                                    w.activated, w.stream(i + 1));

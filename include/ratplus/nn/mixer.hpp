@@ -65,11 +65,12 @@ template <class T>
   return projection_slices<T>::as_heads(x, c, s);
 }
 
-/// x (N, d) → y (N, d), the residual stream; `scratch` (N, d) is overwritten. y may be x.
+/// x (N, d) → y (N, d), the residual stream; `scratch` (N, d) is overwritten. y may be x. `training`: the tape is
+/// written for mixer_backward, otherwise it is scratch.
 template <Context Ctx, Cell C, HeadPattern P, class T, class KV>
 void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config& c, batch_shape s,
                    const mixer_weights<const T>& w, view<const accumulator_t<T>, 2> rope,
-                   view<const accumulator_t<T>, 2> x, const core_memory<T, KV>& memory,
+                   view<const accumulator_t<T>, 2> x, const core_memory<T, KV>& memory, bool training,
                    mixer_tape<T, typename Ctx::space>& tape, view<T, 2> scratch, view<accumulator_t<T>, 2> y) {
   using A = accumulator_t<T>;
   norm_matmul(ctx,
@@ -91,6 +92,7 @@ void mixer_forward(Ctx& ctx, const C& cell, const P& pattern, const model_config
                    .lse = tape.lse,
                    .y = scratch,
                    .memory = memory,
+                   .backward = training,
                });
   matmul(ctx, matmul_args<T, A>{
                   .a = scratch, .b = w.out_proj, .c = y, .addend = x, .transpose_b = true, .b_is_parameter = true});

@@ -42,6 +42,21 @@ void check_attend(const char* op, const view<const T, 4>& q, const view<const T,
   check_shape(op, "keys", k, q.shape());
   check_shape(op, "values", v, q.shape());
 }
+
+template <class T, class KV>
+void check_attend(const attend_forward_args<T, KV>& p) {
+  const index_t B = p.q.extent(0), H = p.q.extent(1), T_ = p.q.extent(2), d = p.q.extent(3);
+  check_attend("attend", p.q, p.k, p.v);
+  check_shape("attend", "out", p.out, p.q.shape());
+  check_shape_if_given("attend", "lse", p.lse, {{B, H, T_}});
+  check_spans("attend", p.spans, B);
+  if (p.past) {
+    check_shape("attend", "past heads", p.past.heads, {{H}});
+    check_shape("attend", "past keys", p.past.k, {{B, p.past.k.extent(1), d}});
+    check_shape("attend", "past values", p.past.v, p.past.k.shape());
+    if (!p.spans.first) throw shape_error("attend: a past needs spans.first, the number of its positions");
+  }
+}
 }  // namespace detail
 
 /// Scores are scaled by 1 / sqrt(d). The past must have been kept under a pattern that serves this one (`serves`); the
@@ -49,18 +64,8 @@ void check_attend(const char* op, const view<const T, 4>& q, const view<const T,
 template <Context Ctx, class P, class T, class KV>
 void attend_forward(Ctx& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
   require_head_pattern<P>();
-  const index_t B = p.q.extent(0), H = p.q.extent(1), T_ = p.q.extent(2), d = p.q.extent(3);
-  check_heads(pattern, H);
-  detail::check_attend("attend", p.q, p.k, p.v);
-  detail::check_shape("attend", "out", p.out, p.q.shape());
-  detail::check_shape_if_given("attend", "lse", p.lse, {{B, H, T_}});
-  detail::check_spans("attend", p.spans, B);
-  if (p.past) {
-    detail::check_shape("attend", "past heads", p.past.heads, {{H}});
-    detail::check_shape("attend", "past keys", p.past.k, {{B, p.past.k.extent(1), d}});
-    detail::check_shape("attend", "past values", p.past.v, p.past.k.shape());
-    if (!p.spans.first) throw shape_error("attend: a past needs spans.first, the number of its positions");
-  }
+  check_heads(pattern, p.q.extent(1));
+  detail::check_attend(p);
   if (p.q.size() > 0) attend_forward_on(ctx, pattern, p);
 }
 

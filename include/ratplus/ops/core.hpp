@@ -6,9 +6,8 @@
 // and, with a memory, the row's key, value and state kept for later rows. It is these operations one after the other;
 // a backend may do a decoding step, one row of every sequence, at once (`core_step_on`).
 
-#include "ratplus/ops/attend.hpp"
 #include "ratplus/ops/gate.hpp"
-#include "ratplus/ops/scan.hpp"
+#include "ratplus/ops/scan_attend.hpp"
 
 namespace ratplus {
 
@@ -39,11 +38,12 @@ struct core_forward_args {
   view<A, 3> lse = {};        // (B, H, T), written
   view<T, 2> y = {};          // (B · T, H · d), written
   core_memory<T, KV> memory = {};
+  bool backward = true;  // whether a backward pass follows, which reads what is written here; never with a memory
 };
 
 /// The memory must not have been written by the operation just before this one: a backend may begin to read it early.
-/// With a memory only y and the memory are of meaning afterwards; q, k_scanned, v_scanned, attended and lse may or may
-/// not have been written.
+/// With a memory, or with no backward pass to follow, only y and the memory are of meaning afterwards; q, k_scanned,
+/// v_scanned, attended and lse may or may not have been written.
 template <Context Ctx, Cell C, class P, class T, class KV>
 void core_forward(Ctx& ctx, const C& cell, const P& pattern, const core_forward_args<T, KV>& p) {
   const index_t B = p.q.extent(0), H = p.q.extent(1);
@@ -79,16 +79,20 @@ void core_forward(Ctx& ctx, const C& cell, const P& pattern, const core_forward_
       scan.v_last = p.memory.v_state;
     }
   }
-  scan_forward(ctx, cell, scan);
 
   attend_forward_args<T, KV> attend{.q = p.q,
                                     .k = p.k_scanned,
                                     .v = p.v_scanned,
                                     .out = p.attended.split_last(H).split_first(B).swap(1, 2),
-                                    .lse = p.lse,
                                     .spans = p.memory.spans};
   if (p.memory) attend.past = {p.memory.k_pool, p.memory.v_pool, p.memory.heads, p.memory.heads_here};
-  attend_forward(ctx, pattern, attend);
+  if (p.memory || !p.backward) {
+    scan_attend(ctx, cell, pattern, scan_attend_args<T, KV>{.scan = scan, .attend = attend, .scores = p.lse});
+  } else {
+    attend.lse = p.lse;
+    scan_forward(ctx, cell, scan);
+    attend_forward(ctx, pattern, attend);
+  }
   if (p.memory)
     cache_append(ctx, cache_append_args<T, KV>{.k = p.k_scanned,
                                                .v = p.v_scanned,

@@ -26,34 +26,41 @@ struct scan_forward_args {
   sequence_spans spans = {};
 };
 
-/// States are carried in accumulator_t<T>, before rotation.
-template <Context Ctx, class C, class T>
-void scan_forward(Ctx& ctx, const C& cell, const scan_forward_args<T>& p) {
-  require_cell<C>();
+namespace detail {
+template <class C, class T>
+void check_scan(const C&, const scan_forward_args<T>& p) {
   const auto& lead = p.k ? p.k : p.v ? p.v : p.q;
   const extents<4> shape = lead.shape();
   const extents<3> state{{shape[0], shape[1], shape[3]}};
   const char* op = "scan";
   const auto stream = [&](const char* name, const view<const T, 4>& in, const view<T, 4>& out) {
     if (!in) return;
-    detail::check_shape(op, name, in, shape);
-    detail::check_shape(op, name, out, shape);
+    check_shape(op, name, in, shape);
+    check_shape(op, name, out, shape);
   };
   stream("q", p.q, p.q_out);
   stream("k", p.k, p.k_out);
   stream("v", p.v, p.v_out);
-  if (C::gated && (p.k || p.v)) detail::check_shape(op, "gate", p.gate, shape);
+  if (C::gated && (p.k || p.v)) check_shape(op, "gate", p.gate, shape);
   if (p.rope && p.rope.extent(1) != shape[3])
     throw shape_error(message("scan: rope table is for head size ", p.rope.extent(1), ", heads have ", shape[3]));
   if (p.rope && !p.spans.first && p.rope.extent(0) < shape[2])
     throw shape_error(message("scan: rope table has ", p.rope.extent(0), " positions, rows need ", shape[2]));
   if (p.rope && shape[3] % 2 != 0) throw shape_error(message("scan: rope needs an even head size, got ", shape[3]));
-  detail::check_shape_if_given(op, "k_first", p.k_first, state);
-  detail::check_shape_if_given(op, "v_first", p.v_first, state);
-  detail::check_shape_if_given(op, "k_last", p.k_last, state);
-  detail::check_shape_if_given(op, "v_last", p.v_last, state);
-  detail::check_spans(op, p.spans, shape[0]);
-  if (shape.product() > 0) scan_forward_on(ctx, cell, p);
+  check_shape_if_given(op, "k_first", p.k_first, state);
+  check_shape_if_given(op, "v_first", p.v_first, state);
+  check_shape_if_given(op, "k_last", p.k_last, state);
+  check_shape_if_given(op, "v_last", p.v_last, state);
+  check_spans(op, p.spans, shape[0]);
+}
+}  // namespace detail
+
+/// States are carried in accumulator_t<T>, before rotation.
+template <Context Ctx, class C, class T>
+void scan_forward(Ctx& ctx, const C& cell, const scan_forward_args<T>& p) {
+  require_cell<C>();
+  detail::check_scan(cell, p);
+  if ((p.k ? p.k : p.v ? p.v : p.q).size() > 0) scan_forward_on(ctx, cell, p);
 }
 
 template <class T>

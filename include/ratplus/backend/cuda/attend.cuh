@@ -19,23 +19,41 @@ template <class... Views>
   return compiled && ctx.properties().major == 9 && d <= 128 && (hopper::addressable(rows_of(views)) && ...);
 }
 
+template <class T, class KV>
+[[nodiscard]] bool is_decoded(const attend_forward_args<T, KV>& p) {
+  return p.past && p.q.extent(2) <= decoded_rows;
+}
+
+/// Whether the tiled kernel serves this call.
+template <class P, class T, class KV>
+[[nodiscard]] bool attends_in_tiles(const context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (is_decoded(p) || !tileable(ctx, p.q.extent(3), p.q, p.k, p.v, p.out)) return false;
+    if (!p.past) return true;
+    if constexpr (std::is_same_v<KV, bfloat16>)
+      return past_in_order(pattern, p.q.extent(1), p.past.heads_here) &&
+             hopper::addressable(rows_of(one_head(p.past.k))) && hopper::addressable(rows_of(one_head(p.past.v)));
+  }
+  return false;
+}
+
+/// `scores`: forward_job.
+template <class P, class T, class KV>
+void attend_in_tiles(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p,
+                     const view<const float, 3>& scores = {}) {
+  if (!p.past) return attend_forward_tiles(ctx, pattern, p, scores);
+  if constexpr (std::is_same_v<KV, bfloat16>) attend_past_tiles(ctx, pattern, p, scores);
+}
+
 }  // namespace detail
 
 template <class P, class T, class KV>
 void attend_forward_on(context& ctx, const P& pattern, const attend_forward_args<T, KV>& p) {
   const index_t d = p.q.extent(3);
-  const bool decoded = p.past && p.q.extent(2) <= detail::decoded_rows;
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (!decoded && detail::tileable(ctx, d, p.q, p.k, p.v, p.out)) {
-      if (!p.past) return detail::attend_forward_tiles(ctx, pattern, p);
-      if constexpr (std::is_same_v<KV, bfloat16>)
-        if (detail::past_in_order(pattern, p.q.extent(1), p.past.heads_here) &&
-            hopper::addressable(detail::rows_of(detail::one_head(p.past.k))) &&
-            hopper::addressable(detail::rows_of(detail::one_head(p.past.v))))
-          return detail::attend_past_tiles(ctx, pattern, p);
-    }
+    if (detail::attends_in_tiles(ctx, pattern, p)) return detail::attend_in_tiles(ctx, pattern, p);
   detail::check_head_size("attend", d);
-  if (decoded) return detail::attend_decode(ctx, pattern, p);
+  if (detail::is_decoded(p)) return detail::attend_decode(ctx, pattern, p);
   const auto heads = detail::on_device(pattern, p.q.extent(1));
   detail::launch(ctx, "attend", detail::attend_forward_rows<std::remove_const_t<decltype(heads)>, T, KV>,
                  detail::row_blocks(p.q.shape()), 32 * detail::warps_per_block, 0, heads, p,

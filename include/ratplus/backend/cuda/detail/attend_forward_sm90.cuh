@@ -25,7 +25,8 @@ struct forward_job {
   Past past;
   attend_shape shape;
   tile_queue tiles;
-  view<float, 3> lse;  // (B, H, T), absent: not wanted
+  view<float, 3> lse;           // (B, H, T), absent: not wanted
+  view<const float, 3> scores;  // (B, H, T), q · k of queries with their own keys; absent: those keys are loaded
 };
 
 /// Groups of 64 queries, and those of a tile; keys of a step, which the copy engine moves at once.
@@ -286,12 +287,17 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
             const lattice& lattice = job.keys.at[rows.lattice[run]];
             const lattice_rows& from = values ? lattice.v : lattice.k;
             const int joined = run == rows.anchors ? rows.sinks : 0, of_head = lattice.pooled ? 0 : h;
+            const bool scored = !values && job.scores && rows.own && run == rows.window;
 #pragma unroll 1
             for (; start < end; start += forward_step) {
               empty[at.stage].wait(at.parity ^ 1);
-              full[at.stage].arrive_expecting(memory::ring / stages);
-              load_keys<D, memory::rows>(to + at.stage * forward_step * row_bytes, from, sinks, joined, full[at.stage],
-                                         start, of_head, b);
+              if (scored) {
+                full[at.stage].arrive();  // nothing is read of the place
+              } else {
+                full[at.stage].arrive_expecting(memory::ring / stages);
+                load_keys<D, memory::rows>(to + at.stage * forward_step * row_bytes, from, sinks, joined,
+                                           full[at.stage], start, of_head, b);
+              }
               at.advance();
             }
           });
@@ -341,6 +347,11 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
       char* const q = base + memory::q + q_at.stage * memory::q_rows;
       softmax = {};
       group_walk<runs> walk;
+      const bool scored = rows.own && job.scores;
+      if (scored)  // asked for now, looked at after the waits
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          softmax.max[half] = job.scores(rows.b, rows.h, min(t0 + row + 8 * half, shape.T - 1));
       bar.q_full[q_at.stage].wait(q_at.parity);
       if (rows.own) {
         // Each row's own key: its score is the maximum so far, 1 the sum, and its value what is summed.
@@ -349,7 +360,8 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
         walk.run = rows.window;
         const int first = at.stage * forward_step, own_row = first + group_row;  // of the places of keys
         bar.k_full[at.stage].wait(at.parity);
-        multiply_own<D, 64, memory::rows>(q, group_row + here / 4, k_ring, own_row + here / 4, here, softmax.max);
+        if (!scored)
+          multiply_own<D, 64, memory::rows>(q, group_row + here / 4, k_ring, own_row + here / 4, here, softmax.max);
         release_after_reads(bar.k_empty[at.stage]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -472,9 +484,10 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
 #endif
 }
 
-/// Queues the kernel; p.q, p.out and p.lse are read of p.
+/// Queues the kernel; p.q, p.out and p.lse are read of p. `scores`: forward_job.
 template <class Heads, class Past, class Args>
-void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& keys, const Past& past, const Args& p) {
+void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& keys, const Past& past, const Args& p,
+                          const view<const float, 3>& scores) {
   const forward_job<Heads, Past> job{.q = hopper::tensor_map(rows_of(p.q), 64),
                                      .out = hopper::tensor_map(rows_of(p.out), 64),
                                      .keys = keys,
@@ -482,7 +495,8 @@ void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& k
                                      .past = past,
                                      .shape = shape_of(p),
                                      .tiles = {order_of(p.q, forward_rows), ctx.counters(1)},
-                                     .lse = p.lse};
+                                     .lse = p.lse,
+                                     .scores = scores};
   const int blocks = blocks_of(ctx, job.tiles.order);
   const auto with = [&](auto kernel, int bytes) {
     launch(ctx, "attend", kernel, blocks, (forward_groups + 1) * hopper::group_threads, bytes, job);
@@ -494,9 +508,9 @@ void launch_forward_tiles(context& ctx, const Heads& patterns, const lattices& k
 }
 
 template <class P, class Args>
-void attend_forward_tiles(context& ctx, const P& pattern, const Args& p) {
+void attend_forward_tiles(context& ctx, const P& pattern, const Args& p, const view<const float, 3>& scores) {
   launch_forward_tiles(ctx, on_device(pattern, p.q.extent(1)), lattices_of(pattern, p.k, p.v, forward_step), no_past{},
-                       p);
+                       p, scores);
 }
 
 }  // namespace ratplus::cuda::detail

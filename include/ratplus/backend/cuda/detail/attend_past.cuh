@@ -51,7 +51,8 @@ __device__ void find_bounds(row_bounds<past_rows::runs, Rows>& rows, const Heads
   const auto now = [&](int r) { return clip(keys[r], first, query + 1); };
 
   const bool all_kept = where.kept().dense();
-  const index_t sinks = head.offset + (all_kept ? where.first_anchor_slot() : 0);
+  // Without sinks at 0, where a tile that sees nothing takes its step: all of its values are then beyond the run's end.
+  const index_t sinks = old(0).empty() ? 0 : head.offset + (all_kept ? where.first_anchor_slot() : 0);
   set(0, source::pool, sinks + old(0).begin, sinks + old(0).end);
   set(1, source::fresh, now(0).begin - first, now(0).end - first);
 
@@ -134,7 +135,7 @@ inline constexpr bool sparse_on_device =
     std::is_same_v<Heads, uniform_heads<any_sparse>> || std::is_same_v<Heads, sparse_heads>;
 
 template <class P, class Args>
-void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
+void attend_past_tiles(context& ctx, const P& pattern, const Args& p, const view<const float, 3>& scores) {
   const index_t B = p.q.extent(0), H = p.q.extent(1), T = p.q.extent(2), d = p.q.extent(3);
   const auto heads = on_device(pattern, H);
   if constexpr (sparse_on_device<std::remove_const_t<decltype(heads)>>) {
@@ -163,7 +164,7 @@ void attend_past_tiles(context& ctx, const P& pattern, const Args& p) {
              p.spans);
       keys.at[past_rows::gathered] = maps(k, v, false);
     }
-    launch_forward_tiles(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p);
+    launch_forward_tiles(ctx, heads, keys, past_rows{p.past.heads, p.spans.first}, p, scores);
   }
 }
 

@@ -174,15 +174,6 @@ struct row_bounds : tile_place {
 /// The window's number among a pattern's runs.
 inline constexpr int window_run = key_runs::count - 1;
 
-/// Whether the window of every query is its own key and no other.
-template <class P>
-[[nodiscard]] RATPLUS_HD constexpr bool sees_own_key_alone(const P& pattern) {
-  if constexpr (SparsePattern<P>)
-    return !any_sparse(pattern).dense() && any_sparse(pattern).window() == 0;
-  else
-    return false;
-}
-
 /// Row 0 of every sequence is position 0.
 struct no_past {
   static constexpr int runs = key_runs::count;

@@ -16,6 +16,15 @@ struct device_pattern {
 template <class P>
 using device_pattern_t = typename device_pattern<P>::type;
 
+/// Whether the window of every query is its own key and no other.
+template <class P>
+[[nodiscard]] RATPLUS_HD constexpr bool sees_own_key_alone(const P& pattern) {
+  if constexpr (SparsePattern<P>)
+    return !any_sparse(pattern).dense() && any_sparse(pattern).window() == 0;
+  else
+    return false;
+}
+
 /// Every head has the same pattern.
 template <class P>
 struct uniform_heads {

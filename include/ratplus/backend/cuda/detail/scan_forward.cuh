@@ -1,8 +1,11 @@
 #pragma once
 // The scan's forward kernels: in tiles for an AssociativeCell, row after row for any other.
 
+#include "ratplus/backend/cuda/detail/heads.cuh"
 #include "ratplus/backend/cuda/detail/scan_tiles.cuh"
 #include "ratplus/ops/scan.hpp"
+#include "ratplus/pattern/residency.hpp"
+#include "ratplus/pattern/tiles.hpp"
 
 namespace ratplus::cuda::detail {
 
@@ -52,16 +55,48 @@ struct scan_walk {
   }
 };
 
+/// Every key is written.
+struct all_keys {
+  static constexpr bool scored = false;
+};
+
+/// Each query's product with its own key is written, and of the keys those that a later query sees.
+template <class Heads>
+struct seen_keys {
+  static constexpr bool scored = true;
+
+  view<float, 3> scores;             // (B, H, T)
+  Heads patterns;                    // without a past
+  view<const head_slots, 1> kept{};  // (H), with one: whatever it keeps may be asked for
+
+  /// Bit r of a lane's result, r < Lanes: whether a later query sees the key at position + r. Groups of Lanes
+  /// neighbouring lanes, those of one head, find it together.
+  template <int Lanes>
+  [[nodiscard]] __device__ unsigned later(index_t h, index_t position) const {
+    const int lane = static_cast<int>(threadIdx.x) % column_lanes;
+    const index_t key = position + lane % Lanes;
+    bool seen = false;
+    const auto look = [&](const auto& pattern) { seen = pattern.last_query(key, key + 2) > key; };
+    if (kept)
+      look(kept[h].where.kept());
+    else
+      patterns.visit(h, look);
+    return __ballot_sync(~0u, seen) >> (lane - lane % Lanes);
+  }
+};
+
 // Blocks stay and take one tile after another. A tile's rows are read into shared memory, by the thread that uses them:
 // whatever row has been used for the last time gives its place to the same row of the next tile, so reading never
 // pauses, and nothing of it is held in registers but the angles, which the columns of a batch share. Rows are used
 // twice (keys, values, gates: once for the tile's element, once for the states), queries once.
 
-template <class C, class T, int V, int Half, class Size>
+template <class C, class T, int V, int Half, class Size, class Keys>
 __global__ void __launch_bounds__(Size::threads, Size::blocks)
-    scan_forward_kernel(C cell, scan_forward_args<T> p, scan_shape s, tile_elements elements, scan_plan plan) {
+    scan_forward_kernel(C cell, scan_forward_args<T> p, scan_shape s, tile_elements elements, scan_plan plan,
+                        Keys wanted) {
   constexpr int R = Size::R, W = Size::W, N = 2 * V, threads = Size::threads;
   constexpr bool recurrent = !IdentityCell<C>;
+  constexpr std::integral_constant<int, Half / V> units;  // of a head
   using owned = owned_words<N, threads>;
   extern __shared__ __align__(16) unsigned char staging[];
   __shared__ affine<float> part[2][W][N][column_lanes];
@@ -86,7 +121,7 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
   scan_walk now(plan, elements.ticket != nullptr ? take_ticket(elements.ticket) : blockIdx.x);
   if (now.ticket >= tickets) return;
   {
-    const scan_place at(s, now.column, lane_id, V);
+    const scan_place at(s, now.column, lane_id, V, units);
     const scan_piece<Size> rows(p.spans, s, at, now.tile);
     const auto fetch = [&](const view<const T, 4>& from, int stream) {
       if (!from) return;
@@ -103,7 +138,7 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
   index_t angles_b = -1;
   int angles_tile = -1, angles_channel = -1;
   while (true) {
-    const scan_place at(s, now.column, lane_id, V);
+    const scan_place at(s, now.column, lane_id, V, units);
     const scan_piece<Size> rows(p.spans, s, at, now.tile);
     const int used = rows.used, tile = now.tile;
     if (p.rope && (angles_b != at.b || angles_tile != tile || angles_channel != at.channel)) {
@@ -161,7 +196,7 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
     scan_walk after = now;
     after.next(plan, next_ticket);
     const bool more = after.ticket < tickets;
-    const scan_place next_at(s, more ? after.column : 0, lane_id, V);
+    const scan_place next_at(s, more ? after.column : 0, lane_id, V, units);
     const scan_piece<Size> next_rows(p.spans, s, next_at, after.tile);
     const int next_used = more ? next_rows.used : 0;
 
@@ -185,20 +220,21 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
         f(std::false_type{});
     };
 
-    // While the tiles before finish: the queries, which wait for nobody.
-    with_or_without_branches([&](auto all) {
-      if (!all && !p.q) return;
-      auto out = thread_rows<T, V, Half>(p.q_out, s, at, rows.t0).row(0);
-      auto in = thread_rows<const T, V, Half>(p.q, s, next_at, next_rows.t0).row(0);
+    // While the tiles before finish: the queries, which wait for nobody, unless they are multiplied with their keys.
+    if constexpr (!Keys::scored)
+      with_or_without_branches([&](auto all) {
+        if (!all && !p.q) return;
+        auto out = thread_rows<T, V, Half>(p.q_out, s, at, rows.t0).row(0);
+        auto in = thread_rows<const T, V, Half>(p.q, s, next_at, next_rows.t0).row(0);
 #pragma unroll
-      for (int r = 0; r < R; ++r, ++out, ++in) {
-        float x[N];
-        slot_of(queries, r).copy().widen(x);
-        if (all || p.rope) angles[r].template rotate<false>(x);
-        if (all || r < used) out.write(x);
-        if (all || r < next_used) in.fetch(slot_of(queries, r));
-      }
-    });
+        for (int r = 0; r < R; ++r, ++out, ++in) {
+          float x[N];
+          slot_of(queries, r).copy().widen(x);
+          if (all || p.rope) angles[r].template rotate<false>(x);
+          if (all || r < used) out.write(x);
+          if (all || r < next_used) in.fetch(slot_of(queries, r));
+        }
+      });
 
     if constexpr (recurrent) {
       owned::for_each([&](int o, int word, int chain, int i) {
@@ -233,16 +269,28 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
         state[0][i] = part[0][warp][i][lane_id].b;
         state[1][i] = part[1][warp][i][lane_id].b;
       }
+    std::conditional_t<Keys::scored, lane_sums<Half / V, R>, Keys> scores;  // a head's lanes lie side by side
+    unsigned later = 0;
+    if constexpr (Keys::scored) later = wanted.template later<Half / V>(at.h, rows.position);
     with_or_without_branches([&](auto all) {
-      auto k_row = thread_rows<T, V, Half>(p.k_out, s, at, rows.t0).row(0);
+      const thread_rows<T, V, Half> k_out(p.k_out, s, at, rows.t0);
+      // Beside values every row writes its key; or, where few do, its query, whose place the next one then takes.
+      auto k_or_q = [&] {
+        if constexpr (Keys::scored)
+          return both_rows{thread_rows<T, V, Half>(p.q_out, s, at, rows.t0).row(0),
+                           thread_rows<const T, V, Half>(p.q, s, next_at, next_rows.t0).row(0)};
+        else
+          return k_out.row(0);
+      }();
       auto v_row = thread_rows<T, V, Half>(p.v_out, s, at, rows.t0).row(0);
       auto k_in = thread_rows<const T, V, Half>(p.k, s, next_at, next_rows.t0).row(0);
       auto v_in = thread_rows<const T, V, Half>(p.v, s, next_at, next_rows.t0).row(0);
       auto g_in = thread_rows<const T, V, Half>(p.gate, s, next_at, next_rows.t0).row(0);
       inputs ahead = read_row(0);
 #pragma unroll
-      for (int r = 0; r < R; ++r, ++k_row, ++v_row, ++k_in, ++v_in, ++g_in) {
+      for (int r = 0; r < R; ++r, ++k_or_q, ++v_row, ++k_in, ++v_in, ++g_in) {
         const inputs in = ahead;
+        [[maybe_unused]] float score = 0;
         if (r + 1 < R) ahead = read_row(r + 1);
         if (all || r < used) {
           if constexpr (recurrent) {
@@ -261,21 +309,39 @@ __global__ void __launch_bounds__(Size::threads, Size::blocks)
               }
           }
           if (all || p.v) v_row.write(state[1]);
-          if (all || p.k) {
+          if constexpr (Keys::scored) {
+            // Query and key before rotation: it turns both alike.
+            float q[N];
+            slot_of(queries, r).copy().widen(q);
+#pragma unroll
+            for (int i = 0; i < N; ++i) score += q[i] * state[0][i];
+            if (all || p.rope) angles[r].template rotate<false>(q);
+            k_or_q.out.write(q);
+          }
+          if ((all || p.k) && (!Keys::scored || __builtin_expect(later >> r & 1, 0))) {
             float x[N];
 #pragma unroll
             for (int i = 0; i < N; ++i) x[i] = state[0][i];
             if (all || p.rope) angles[r].template rotate<false>(x);
-            k_row.write(x);
+            if constexpr (Keys::scored)
+              k_out.row(r).write(x);
+            else
+              k_or_q.write(x);
           }
         }
         if (all || r < next_used) {
           if (all || p.k) k_in.fetch(slot_of(keys, r));
           if (all || p.v) v_in.fetch(slot_of(values, r));
           if constexpr (C::gated) g_in.fetch(slot_of(gates, r));
+          if constexpr (Keys::scored) k_or_q.in.fetch(slot_of(queries, r));
         }
+        if constexpr (Keys::scored) scores.add(r, score);
       }
     });
+    if constexpr (Keys::scored)
+      scores.write([&](int r, float score) {
+        if (r < used) wanted.scores(at.b, at.h, rows.t0 + r) = score;
+      });
     if constexpr (!recurrent)
       if (rows.end == 0 && rows.t0 == 0)
         for (int i = 0; i < N; ++i) {

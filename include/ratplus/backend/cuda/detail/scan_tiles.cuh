@@ -47,26 +47,39 @@ struct scan_place {
   bool active;  // false beyond the last column's end
   bool upper;   // whether it has upper channels: false for the middle channel of an odd head
 
-  __device__ scan_place(const scan_shape& s, index_t column, int lane, int V) {
+  /// Units: s.units where it is known at compile time, 0 where it is not.
+  template <int Units = 0>
+  __device__ scan_place(const scan_shape& s, index_t column, int lane, int V, std::integral_constant<int, Units> = {}) {
     const auto number = static_cast<unsigned>(column), per_sequence = static_cast<unsigned>(s.columns_per_sequence);
-    const unsigned sequence = number / per_sequence;
-    const int unit = static_cast<int>(number - sequence * per_sequence) * column_lanes + lane, head = unit / s.units;
+    const unsigned units = Units > 0 ? Units : static_cast<unsigned>(s.units), sequence = number / per_sequence;
+    const unsigned unit = (number - sequence * per_sequence) * column_lanes + static_cast<unsigned>(lane);
+    const unsigned head = unit / units;
     b = sequence, h = head;
-    channel = (unit - head * s.units) * V;
+    channel = static_cast<int>(unit - head * units) * V;
     active = b < s.B && h < s.H;
     if (!active) b = h = 0;
     upper = channel + s.half < s.d;
   }
 };
 
-/// Begins to copy Bytes (4, 8 or 16) to shared memory; `wait_for_copies` waits for all that this thread began.
+/// Begins to copy Bytes (4, 8, or 16, which pass the first-level cache by) to shared memory; `wait_for_copies` waits
+/// for all that this thread began.
 template <int Bytes>
 __device__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "n"(Bytes)
-               : "memory");
+  const auto there = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(there), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(there), "l"(from), "n"(Bytes) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// What this thread has begun to copy since it last said so becomes a group; waits for all groups but the last Left.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Left>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+}
 
 /// 2 V channels of one row, as stored.
 template <class T, int V>
@@ -165,6 +178,20 @@ class row_cursor {
   int half_;
   bool upper_;
 };
+
+/// Two walks in step.
+template <class Out, class In>
+struct both_rows {
+  Out out;
+  In in;
+
+  __device__ void operator++() {
+    ++out;
+    ++in;
+  }
+};
+template <class Out, class In>
+both_rows(Out, In) -> both_rows<Out, In>;
 
 /// One thread's channels of a (B, H, T, d) view; row 0 is the thread's first.
 template <class T, int V, int Half>
@@ -348,6 +375,44 @@ class angle_cursor {
   const float* p_;
   index_t stride_;
   int half_;
+};
+
+/// Sums over Lanes neighbouring lanes for each of R rows, given row after row by whole warps. They are joined by twos
+/// as soon as there are two: each lane keeps the half of its rows that its number says.
+template <int Lanes, int R>
+class lane_sums {
+  static_assert(Lanes >= R);
+
+ public:
+  __device__ void add(int row, float x) {
+    sum_[row] = x;
+#pragma unroll
+    for (int n = 1; n < R; n *= 2)
+      if ((row + 1) % (2 * n) == 0) {
+        float& low = sum_[row + 1 - 2 * n];
+        const float high = sum_[row + 1 - n];
+        const bool upper = (lane_ & of(n)) != 0;
+        low = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, of(n));
+      }
+  }
+
+  /// f(row, sum), once for each row.
+  template <class F>
+  __device__ void write(F&& f) {
+    int row = 0;
+#pragma unroll
+    for (int n = 1; n < R; n *= 2) row += (lane_ & of(n)) != 0 ? n : 0;
+#pragma unroll
+    for (int offset = Lanes / R / 2; offset > 0; offset /= 2) sum_[0] += __shfl_xor_sync(~0u, sum_[0], offset);
+    if (lane_ % (Lanes / R) == 0) f(row, sum_[0]);
+  }
+
+ private:
+  /// The bit of a lane's number by which sums of n rows are joined.
+  static constexpr __device__ int of(int n) { return Lanes / 2 / n; }
+
+  int lane_ = static_cast<int>(threadIdx.x % column_lanes);
+  float sum_[R];
 };
 
 /// Elements of tiles in device memory.
