@@ -66,8 +66,8 @@ void check_calls(Backend& backend, const std::string& name, const Kept& kept, co
   slots_of.data = slots_of_heads(kept, H, rows);
   const index_t slots = pool_slots(slots_of.data);
   const guarded heads(ctx, slots_of);
-  auto k_pool = poisoned<KV>(ctx, dims(B, std::max<index_t>(slots, 1), d), layout::strided);
-  auto v_pool = poisoned<KV>(ctx, dims(B, std::max<index_t>(slots, 1), d), layout::strided);
+  auto k_pool = poisoned<KV>(ctx, dims(B, std::max<index_t>(slots, 1), d), where);
+  auto v_pool = poisoned<KV>(ctx, dims(B, std::max<index_t>(slots, 1), d), where);
 
   array<T, 4> out(shape);
   array<A, 3> lse(dims(B, H, rows));

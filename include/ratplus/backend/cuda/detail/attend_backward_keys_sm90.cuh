@@ -162,7 +162,7 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
     wgmma_commit();
     more = next();
     wgmma_wait<1>();
-    pin(s);
+    hopper::pin(s);
     if (full_first > q0 || full_end < q0 + step_rows) mask_columns(s, keys.queries, row, q0, lane);
     // Columns 8j + 2(lane % 4) and the next: both rows' statistics lie beside each other.
     const auto* const statistics = reinterpret_cast<const float4*>(block.statistics(q_slot)) + lane % 4;
@@ -176,7 +176,7 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
       }
     }
     wgmma_wait<0>();
-    pin(dp);
+    hopper::pin(dp);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float4 pair = statistics[4 * j];
@@ -196,8 +196,8 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
     for (int c = 0; c < 4; ++c) product<true>(dk, ds[c], advanced(q_rows, c * 16 * row_bytes), true);
     wgmma_commit();
     wgmma_wait<0>();
-    pin(dv);
-    pin(dk);
+    hopper::pin(dv);
+    hopper::pin(dk);
     block.release(q_slot, lane);
     block.release(dout_slot, lane);
   }

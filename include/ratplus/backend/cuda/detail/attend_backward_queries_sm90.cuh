@@ -128,8 +128,8 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
     accumulate = true;
   };
   const auto find_gradients = [&](const taken& of_step) {
-    pin(s);
-    pin(dp);
+    hopper::pin(s);
+    hopper::pin(dp);
     block.release(of_step.v, lane);
     const auto& seen = rows.at[of_step.run];
     if (seen[64 * group + 63].begin > of_step.start || seen[64 * group].end < of_step.start + step_rows)
@@ -226,14 +226,14 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       wgmma_wait<1>();
       find_gradients(at);
       wgmma_wait<0>();
-      pin(dq);
+      hopper::pin(dq);
       block.release(k_slot, lane);
       round_fragment(s, ds);
     }
     block.release_own_by_warp(dout_slot, lane);
     multiply_keys(at.k);
     wgmma_wait<0>();
-    pin(dq);
+    hopper::pin(dq);
     block.release(at.k, lane);
   } else {
     block.release_own_by_warp(dout_slot, lane);

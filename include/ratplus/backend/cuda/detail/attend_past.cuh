@@ -66,7 +66,7 @@ __device__ void find_bounds(row_bounds<past_rows::runs, Rows>& rows, const Heads
 
   // A window that has left the past stays at its end: ranges of rows that see nothing must not reach beyond it.
   // Positions of the ring from `turn` on lie at its beginning.
-  const index_t begin = old(2).begin < first ? old(2).begin : first, end = first;
+  const index_t begin = old(2).empty() ? first : old(2).begin, end = first;
   const index_t slots = where.window_slots(), turn = slots > 0 ? first / slots * slots : 0;
   const index_t ring = head.offset + where.first_ring_slot();
   if (all_kept) {
