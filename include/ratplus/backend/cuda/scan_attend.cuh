@@ -23,7 +23,7 @@ bool scan_attend_on(context& ctx, const C& cell, const P& pattern, const scan_at
         !detail::attends_in_tiles(ctx, pattern, p.attend))
       return false;
     detail::require_device_cell<C>();
-    const detail::seen_keys<heads_t> wanted{p.scores, detail::on_device(pattern, shape[1]), p.attend.past.heads};
+    const detail::seen_keys wanted{p.scores, detail::grouped_on_device(pattern, shape[1]), p.attend.past.heads};
     if (d == 64)
       detail::scan_forward_wide<32>(ctx, cell, p.scan, shape, wanted);
     else

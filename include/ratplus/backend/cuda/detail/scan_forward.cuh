@@ -61,12 +61,11 @@ struct all_keys {
 };
 
 /// Each query's product with its own key is written, and of the keys those that a later query sees.
-template <class Heads>
 struct seen_keys {
   static constexpr bool scored = true;
 
   view<float, 3> scores;             // (B, H, T)
-  Heads patterns;                    // without a past
+  sparse_heads patterns;             // without a past
   view<const head_slots, 1> kept{};  // (H), with one: whatever it keeps may be asked for
 
   /// Bit r of a lane's result, r < Lanes: whether a later query sees the key at position + r. Groups of Lanes
