@@ -151,24 +151,6 @@ TEMPLATE_TEST_CASE("scan: every size", "", RATPLUS_TEST_BACKENDS) {
   check_scan(backend, gated_average{}, oracle::gated_average_step(), large);
 }
 
-TEMPLATE_TEST_CASE("scan: more work than a device does at once", "", RATPLUS_TEST_TUNED_BACKENDS) {
-  TestType backend;
-  const auto check = [&](index_t B, index_t rows, index_t d) {
-    scan_case c;
-    c.B = B;
-    c.H = 1;
-    c.rows = rows;
-    c.d = d;
-    check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
-    c.spans = true;
-    check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
-    check_scan(backend, none{}, oracle::cell_step([](double, double x, double, index_t) { return x; }), c);
-  };
-  check(2000, 70, 4);  // sequences enough for every block to walk eight of them,
-  check(530, 70, 8);   // or two
-  check(9, 2500, 8);   // few sequences: their tiles are handed out
-}
-
 TEMPLATE_TEST_CASE("scan: any of the streams may be absent", "", RATPLUS_TEST_BACKENDS) {
   TestType backend;
   for (int streams = 1; streams < 8; ++streams)
@@ -180,19 +162,6 @@ TEMPLATE_TEST_CASE("scan: any of the streams may be absent", "", RATPLUS_TEST_BA
       c.rotate = rotate;
       check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
     }
-}
-
-// As many as fill a device: each is then walked by itself.
-TEMPLATE_TEST_CASE("scan: many heads", "", RATPLUS_TEST_BACKENDS) {
-  TestType backend;
-  scan_case c;
-  c.H = 67;
-  c.rows = 18;
-  c.B = 32, c.d = 64;
-  check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
-  c.B = 16, c.d = 128;
-  c.spans = c.in_place = true;
-  check_scan(backend, gated_average{}, oracle::gated_average_step(), c);
 }
 
 TEMPLATE_TEST_CASE("scan: pieces with the carried state are the whole", "", RATPLUS_TEST_BACKENDS) {
