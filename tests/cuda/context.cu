@@ -29,6 +29,15 @@ TEST_CASE("memory that does not exist is refused with the sizes, and the device 
   CHECK(back == std::vector<float>(7, 3.0f));
 }
 
+TEST_CASE("failures say what would work") {
+  using rc::detail::check;
+  CHECK_NOTHROW(check(cudaSuccess, "attend"));
+  CHECK_THROWS_WITH(check(cudaErrorNoDevice, "cuda: no device"), contains("compute capability 8.0 or higher"));
+  CHECK_THROWS_WITH(check(cudaErrorNoKernelImageForDevice, "attend"), contains("attend: ") && contains("sm_90a"));
+  CHECK_THROWS_WITH(check(cudaErrorMisalignedAddress, "scan"), contains("multiples of 16 bytes"));
+  CHECK_THROWS_AS(check(cudaErrorInvalidValue, "scan"), rc::cuda_error);
+}
+
 TEST_CASE("launches are counted") {
   rc::context ctx;
   auto x = ratplus::make_tensor<float, rc::space>(5);

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "ratplus/core/error.hpp"
+#include "ratplus/core/index.hpp"
 
 namespace ratplus::cuda {
 
@@ -47,6 +48,15 @@ inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // not sticky: the next operation reports its own failures
   throw cuda_error(message(what, ": ", cudaGetErrorString(status), remedy(status)));
+}
+
+/// Channels of a head, at most.
+inline constexpr int most_channels = 256;
+
+/// Throws shape_error for larger heads.
+inline void check_head_size(const char* op, index_t d) {
+  if (d > most_channels)
+    throw shape_error(message(op, ": head size ", d, ", the CUDA backend takes at most ", most_channels));
 }
 
 }  // namespace detail

@@ -11,7 +11,7 @@
 
 namespace ratplus::cuda::detail {
 
-inline constexpr int most_channels = 256, channels_per_lane = most_channels / 32;
+inline constexpr int channels_per_lane = most_channels / 32;
 
 __device__ inline float warp_max(float x) {
   for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
@@ -184,10 +184,6 @@ __global__ void __launch_bounds__(32 * warps_per_block)
 
 inline unsigned row_blocks(const extents<4>& shape) {
   return static_cast<unsigned>(ceil_div(shape[0] * shape[1] * shape[2], warps_per_block));
-}
-inline void check_head_size(const char* op, index_t d) {
-  if (d > most_channels)
-    throw shape_error(message(op, ": head size ", d, ", the CUDA backend takes at most ", most_channels));
 }
 
 }  // namespace ratplus::cuda::detail

@@ -419,7 +419,7 @@ struct decode_grid {
 /// f(layout) with the layout for heads of d channels; `wide`: whether their rows may be read 16 bytes at a time.
 template <class KV, class F>
 void with_decode_layout(index_t d, bool wide, F&& f) {
-  if (d > 256) throw cuda_error(message("attend: head size ", d, " is not supported on CUDA, at most 256 is"));
+  check_head_size("attend", d);
   constexpr int V = widest<KV>;
   if (!wide) return f(decode_layout<256, 1>{});
   if (d <= 64) return f(decode_layout<64, V>{});
