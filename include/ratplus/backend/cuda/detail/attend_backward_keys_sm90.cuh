@@ -54,12 +54,12 @@ class finished_tiles {
     if (tile >= first_) return;
     while (first_ > tile) {
       constexpr int some = 4;  // at a time: looking takes a while
-      unsigned groups[some];
+      unsigned count[some];
 #pragma unroll
-      for (int i = 0; i < some; ++i) groups[i] = hopper::load_counter(counters_ + max(first_ - 1 - i, 0));
+      for (int i = 0; i < some; ++i) count[i] = hopper::load_counter(counters_ + max(first_ - 1 - i, 0));
 #pragma unroll
       for (int i = 0, more = 1; i < some; ++i) {
-        more = more && groups[i] == 2 && first_ > 0;
+        more = more && count[i] == 1 && first_ > 0;
         first_ -= more;
       }
     }

@@ -53,7 +53,7 @@ __device__ inline void load_queries(const backward_job<Heads>& job, const backwa
 template <int D, class Heads>
 __device__ inline void compute_queries(const backward_job<Heads>& job, const backward_block<D>& block,
                                        const query_tile& rows, typename backward_block<D>::item_place& items,
-                                       results_under_way<D>& results, int group, int thread) {
+                                       typename backward_block<D>::result_place& results, int group, int thread) {
   using namespace hopper;
   constexpr int panel = step_rows * row_bytes;
   const attend_shape& shape = job.shape;
@@ -188,29 +188,13 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       for (int j = 0; j < 4; ++j) x[j] = product_of_pairs(x[j], p[j & 1]);
       store_blocks(v_blocks[c], x[0], x[1], x[2], x[3]);
     }
-    fence_async_proxy();
-    sync_threads(group_id, group_threads);
-    if (thread == 0) {
-      results.finish(block);
-      if (t0 < shape.T)
-        for (int c = 0; c < D; c += panel_channels) {
-          store_panel(job.own_dk, k + c * step_rows * 2, c, t0, h, b);
-          store_panel(job.own_dv, v + c * step_rows * 2, c, t0, h, b);
-        }
-      commit_stores();
-      results.own_k = k_slot, results.own_v = v_slot;
-    }
-    __syncwarp();
+    block.leave({k_slot, v_slot}, results, group, thread);
     accumulate = true;
   };
 
   if (rows.own) take_own();
   if (next(1 << 30)) {
     multiply_rows();
-    if (thread == 0) {
-      results.finish(block);
-      results.give_back(block);
-    }
     // The next step is looked for while products are under way.
     taken at = step;
     bool more = next(1);
@@ -239,10 +223,6 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
     block.release_own_by_warp(dout_slot, lane);
   }
 
-  if (thread == 0) {
-    results.finish(block);
-    results.give_back(block);
-  }
   const int here = computed_here(thread) % 32;
   const block_rows<step_rows> dq_blocks(q, computed_here(thread) / 32 * 16, static_cast<unsigned>(here));
   const bool keep[2] = {accumulate && t0 + row < used, accumulate && t0 + row + 8 < used};
@@ -254,16 +234,42 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       word[j] = keep[j & 1] ? rounded_pair(dq[8 * c + 2 * j] * shape.scale, dq[8 * c + 2 * j + 1] * shape.scale) : 0;
     store_blocks(dq_blocks[c], word[0], word[1], word[2], word[3]);
   }
-  fence_async_proxy();
-  sync_threads(group_id, group_threads);
-  if (thread == 0) {
-    if (t0 < shape.T)
-      for (int c = 0; c < D; c += panel_channels) store_panel(job.dq, q + c * step_rows * 2, c, t0, h, b);
+  block.leave({q_slot, q_slot}, results, group, thread);
+}
+
+/// Stores what the groups leave: dk and dv of their own keys, if queries have these to themselves, and dq. Then it
+/// tells those who wait for the results. The description may be overwritten meanwhile: `read` says that it was read.
+template <int D, class Heads>
+__device__ inline void store_queries(const backward_job<Heads>& job, const backward_block<D>& block,
+                                     const query_tile& rows, hopper::barrier& read,
+                                     typename backward_block<D>::result_place& results) {
+  using namespace hopper;
+  const int b = rows.b, h = rows.h, number = rows.number;
+  const bool own = rows.own;
+  read.arrive();
+  slot_pair slots[2];
+  const auto store = [&](const CUtensorMap& first, const CUtensorMap* second) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      slots[group] = block.left(results, group);
+      const int t = number * tile_rows + 64 * group;
+      if (t >= job.shape.T) continue;
+      store_tile<D, step_rows>(first, block.rows(slots[group].first), t, h, b);
+      if (second) store_tile<D, step_rows>(*second, block.rows(slots[group].second), t, h, b);
+    }
+    results.advance();
     commit_stores();
-    results.slot = q_slot;
-    results.finished = job.finished_of(b, h) + rows.number;
-  }
-  __syncwarp();
+    wait_stores_read();
+#pragma unroll
+    for (const auto [one, other] : slots) {
+      block.release_own(one);
+      if (second) block.release_own(other);
+    }
+  };
+  if (own) store(job.own_dk, &job.own_dv);
+  store(job.dq, nullptr);
+  wait_stores();
+  release_increment(job.finished_of(b, h) + number);
 }
 
 }  // namespace ratplus::cuda::detail

@@ -57,7 +57,7 @@ struct backward_job {
   attend_shape shape;
   queue_of<backward_order> tiles;
   int tiles_of_run[key_runs::count];  // of keys, the most that any head has
-  unsigned* finished;                 // of each tile of queries of each head: groups that are
+  unsigned* finished;                 // of each tile of queries of each head: 1 when its results are in memory
   view<const float, 3> lse;
   view<row_statistics, 3> statistics;
   view<bfloat16, 4> dk, dv;
@@ -113,6 +113,8 @@ struct backward_memory {
   // More than can be under way while a computing group is behind: those in all slots, and what the other group alone
   // takes.
   static constexpr int items = 32;
+  // Of each group: those of the tile that is being stored and of the two that are described.
+  static constexpr int results = 6;
   static constexpr int statistics = slots * rows_bytes, tiles = statistics + slots * statistics_bytes;
   static constexpr int bytes = tiles + static_cast<int>(sizeof(query_or_key_tile[2])) + 1024;  // 1024: alignment
 };
@@ -123,16 +125,20 @@ struct slot_pair {
 
 /// A block's shared memory. The loading thread puts items, two slots of rows each, wherever there is room, in an order
 /// that the computing groups know; each group takes them in that order, or passes over those that are the other's.
+/// What a group has computed it leaves in slots for the storing thread, which knows the order, and goes on.
 template <int D>
 struct backward_block {
   using memory = backward_memory<D>;
   using item_place = hopper::ring_place<memory::items>;
+  using result_place = hopper::ring_place<memory::results>;
   struct shared {
     hopper::barrier described[2], tile_empty[2], full[memory::items], empty[memory::slots], claimable;
     int slots_of[memory::items];  // first + 32 second
+    hopper::barrier left[memory::results][2];
+    slot_pair left_in[memory::results][2];
     int claimed;
   };
-  static constexpr int describing = 96;  // threads
+  static constexpr int describing = 64;  // threads
 
   shared& at;
   char* base;
@@ -148,10 +154,12 @@ struct backward_block {
   /// One thread calls it.
   __device__ void init() const {
     for (hopper::barrier& x : at.described) x.init(describing);
-    for (hopper::barrier& x : at.tile_empty) x.init(9);  // the computing warps and the loading thread
+    for (hopper::barrier& x : at.tile_empty) x.init(10);  // the computing warps, the loading and the storing thread
     for (hopper::barrier& x : at.full) x.init(1);
     for (hopper::barrier& x : at.empty) x.init(8);  // the computing warps
     at.claimable.init(1);
+    for (auto& of_groups : at.left)
+      for (hopper::barrier& x : of_groups) x.init(4);  // the group's warps
     hopper::publish_barriers();
   }
 
@@ -176,6 +184,20 @@ struct backward_block {
   }
   __device__ void release(int slot, int lane) const {
     if (lane == 0) at.empty[slot].arrive();
+  }
+
+  /// The threads of a group, each after its last write to these slots, leave them to the storing thread.
+  __device__ void leave(slot_pair slots, result_place& next, int group, int thread) const {
+    hopper::fence_async_proxy();
+    if (thread == 0) at.left_in[next.stage][group] = slots;
+    __syncwarp();
+    if (thread % 32 == 0) at.left[next.stage][group].arrive();
+    next.advance();
+  }
+  /// Which waits for them.
+  [[nodiscard]] __device__ slot_pair left(const result_place& next, int group) const {
+    at.left[next.stage][group].wait(next.parity);
+    return at.left_in[next.stage][group];
   }
 };
 
@@ -215,30 +237,5 @@ struct slot_pool {
 /// The loading thread lets the block's next tile be claimed when the loads of this many of a tile's steps, or fewer,
 /// are still to come: a tile that is claimed and not begun may keep others waiting.
 inline constexpr int claimed_ahead = 8;
-
-/// The results of a group's half tile of queries on their way to memory.
-template <int D>
-struct results_under_way {
-  static constexpr int none = -1;
-  int slot = none, own_k = none, own_v = none;
-  unsigned* finished = nullptr;
-
-  /// The thread that stored them gives the slots of own keys back.
-  __device__ void give_back(const backward_block<D>& block) {
-    if (own_k == none) return;
-    hopper::wait_stores_read();
-    block.release_own(own_k);
-    block.release_own(own_v);
-    own_k = none;
-  }
-  /// And the slot of the others, and tells those who wait for the results.
-  __device__ void finish(const backward_block<D>& block) {
-    if (slot == none) return;
-    hopper::wait_stores();
-    block.release_own(slot);
-    hopper::release_increment(finished);
-    slot = none;
-  }
-};
 
 }  // namespace ratplus::cuda::detail

@@ -370,6 +370,12 @@ __device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barri
   for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
 }
 
+/// And stores it.
+template <int D, int Rows>
+__device__ inline void store_tile(const CUtensorMap& map, const char* from, int row, int h, int b) {
+  for (int c = 0; c < D; c += hopper::panel_channels) hopper::store_panel(map, from + c * Rows * 2, c, row, h, b);
+}
+
 /// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, a box of `from`, to
 /// panels of Rows rows.
 template <int D, int Rows>
