@@ -36,8 +36,8 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   if (threadIdx.x == 0) block.init();
   __syncthreads();
 
-  const int group = static_cast<int>(threadIdx.x) / group_threads - 1;  // −1 copies
-  const int thread = static_cast<int>(threadIdx.x) % group_threads;
+  const int group = static_cast<int>(threadIdx.x / group_threads) - 1;  // −1 copies
+  const int thread = static_cast<int>(threadIdx.x % group_threads);
   ring_place<2> at;
 
   if (group < 0) {
