@@ -87,12 +87,18 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
   item step = block.take_of_two(items, group);
   const unsigned q_slot = step.first, dout_slot = step.second;
   char *const q = block.rows(q_slot), *const dout = block.rows(dout_slot);
+  // Rows that are not in use may hold anything, and their keys' gradients are to be 0.
+  if (used < shape.T && used < t0 + step_rows)
+    for (char* x : {q, dout}) zero_rows<D, step_rows>(x, max(used - t0, 0), thread, group_id);
+  const auto here = static_cast<unsigned>(computed_here(lane));
+  const int first_row = thread / 32 * 16;
+  const rows_read<D> dout_rows(block_rows<step_rows>(dout, first_row, here));
   row_statistics statistics[2];
   {
     const item out = block.take(items);
     const unsigned slot = group == 0 ? out.first : out.second;
     float delta[2];
-    multiply_own<D, step_rows, step_rows>(dout, row, block.rows(slot), row, lane, delta);
+    multiply_own<D>(dout_rows, block_rows<step_rows>(block.rows(slot), first_row, here), lane, delta);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int t = t0 + row + 8 * half;
@@ -143,51 +149,37 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
   };
 
   // Each row's own key, which no other query sees unless it is kept: then a tile of keys writes its gradients again.
-  // The keys and values become their gradients in place.
+  // The keys and values become their gradients in place, element by element.
   const auto take_own = [&] {
     const item own = block.take_of_two(items, group);
-    char *const k = block.rows(own.first), *const v = block.rows(own.second);
-    if (used < shape.T && used < t0 + step_rows)
-      for (char* x : {k, v, q, dout}) zero_rows<D, step_rows>(x, max(used - t0, 0), thread, group_id);
-    float s_own[2], dp_own[2];
-    multiply_own<D, step_rows, step_rows>(q, row, k, row, lane, s_own);
-    multiply_own<D, step_rows, step_rows>(dout, row, v, row, lane, dp_own);
-    // Products with diagonal matrices, in blocks of 16 × 16: of dS and k on the tensor cores, of p and dout, and dS /
-    // √d and q, element by element.
-    const auto here = static_cast<unsigned>(computed_here(lane));
-    const bool diagonal = here % 4 == here / 8, odd = here / 4 % 2 == 1;
-    std::uint32_t ds_of_key[4] = {}, p[2], ds_of_query[2];
+    const block_rows<step_rows> k(block.rows(own.first), first_row, here), v(block.rows(own.second), first_row, here);
+    const rows_read<D> q_rows(block_rows<step_rows>(q, first_row, here)), k_rows(k);
+    float s_own[2], dp_own[2], ds_own[2];
+    multiply_own<D>(q_rows, k_rows, lane, s_own);
+    multiply_own<D>(dout_rows, v, lane, dp_own);
+    std::uint32_t p[2], ds_of_query[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const lattice_range seen = rows.at[rows.window][row_of_tile + 8 * half];
-      const float p_own = seen.begin < seen.end ? exp2_fast(s_own[half] * scale - statistics[half].lse2) : 0.0f;
-      const float ds_own = seen.begin < seen.end ? p_own * (dp_own[half] - statistics[half].delta) : 0.0f;
-      ds_of_key[3 * half] = diagonal ? rounded_pair(odd ? 0 : ds_own, odd ? ds_own : 0) : 0;
+      const bool sees = seen.begin < seen.end;
+      const float p_own = sees ? exp2_fast(s_own[half] * scale - statistics[half].lse2) : 0.0f;
+      ds_own[half] = sees ? p_own * (dp_own[half] - statistics[half].delta) : 0.0f;
       p[half] = rounded_pair(p_own, p_own);
-      ds_of_query[half] = rounded_pair(ds_own * shape.scale, ds_own * shape.scale);
+      ds_of_query[half] = rounded_pair(ds_own[half] * shape.scale, ds_own[half] * shape.scale);
     }
-    const int first = thread / 32 * 16;
-    const block_rows<step_rows> k_blocks(k, first, here), v_blocks(v, first, here), q_blocks(q, first, here),
-        dout_blocks(dout, first, here);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
-      std::uint32_t x[4];
-      load_blocks_transposed(k_blocks[c], x);
+      std::uint32_t dk[4], dv[4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float sum[4] = {};
-        product_of_blocks(sum, ds_of_key, x[2 * j], x[2 * j + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dq[8 * c + 4 * j + i] = sum[i];
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = widened(k_rows.block[c][j]);
+        dq[8 * c + 2 * j] = ds_own[j & 1] * pair.x;
+        dq[8 * c + 2 * j + 1] = ds_own[j & 1] * pair.y;
+        dk[j] = product_of_pairs(q_rows.block[c][j], ds_of_query[j & 1]);
+        dv[j] = product_of_pairs(dout_rows.block[c][j], p[j & 1]);
       }
-      load_blocks(q_blocks[c], x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = product_of_pairs(x[j], ds_of_query[j & 1]);
-      store_blocks(k_blocks[c], x[0], x[1], x[2], x[3]);
-      load_blocks(dout_blocks[c], x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = product_of_pairs(x[j], p[j & 1]);
-      store_blocks(v_blocks[c], x[0], x[1], x[2], x[3]);
+      store_blocks(k[c], dk[0], dk[1], dk[2], dk[3]);
+      store_blocks(v[c], dv[0], dv[1], dv[2], dv[3]);
     }
     block.leave({own.first, own.second}, results, group, thread);
     accumulate = true;
@@ -224,8 +216,7 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
     block.release_own_by_warp(dout_slot, lane);
   }
 
-  const int here = computed_here(thread) % 32;
-  const block_rows<step_rows> dq_blocks(q, computed_here(thread) / 32 * 16, static_cast<unsigned>(here));
+  const block_rows<step_rows> dq_blocks(q, computed_here(first_row), here);
   const bool keep[2] = {accumulate && t0 + row < used, accumulate && t0 + row + 8 < used};
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
