@@ -149,9 +149,8 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
       zero_rows<D, step_rows>(q, now.rows, thread, group_id);
       zero_rows<D, step_rows>(dout, now.rows, thread, group_id);
     }
-    const std::uint64_t k_rows = operand(block.rows(computed_here(k_slot))),
-                        v_rows = operand(block.rows(computed_here(v_slot)));
-    const std::uint64_t q_rows = operand(q, panel), dout_rows = operand(dout, panel);
+    const std::uint64_t k_rows = operand_of_warp(block.rows(k_slot)), v_rows = operand_of_warp(block.rows(v_slot));
+    const std::uint64_t q_rows = operand_of_warp(q, panel), dout_rows = operand_of_warp(dout, panel);
     float s[32], dp[32];
     wgmma_fence();
 #pragma unroll

@@ -118,7 +118,8 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       zero_rows<D, step_rows>(k, step.rows, thread, group_id);
       zero_rows<D, step_rows>(v, step.rows, thread, group_id);
     }
-    const std::uint64_t q_rows = operand(q), dout_rows = operand(dout), k_rows = operand(k), v_rows = operand(v);
+    const std::uint64_t q_rows = operand_of_warp(q), dout_rows = operand_of_warp(dout), k_rows = operand_of_warp(k),
+                        v_rows = operand_of_warp(v);
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < D / 16; ++c)
@@ -129,7 +130,7 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
     wgmma_commit();
   };
   const auto multiply_keys = [&](unsigned slot) {
-    const std::uint64_t k_rows = operand(block.rows(slot), panel);
+    const std::uint64_t k_rows = operand_of_warp(block.rows(slot), panel);
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < 4; ++c) product<true>(dq, ds[c], advanced(k_rows, c * 16 * row_bytes), accumulate || c > 0);
