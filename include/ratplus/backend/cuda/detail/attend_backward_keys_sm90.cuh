@@ -54,12 +54,12 @@ class finished_tiles {
     if (tile >= first_) return;
     while (first_ > tile) {
       constexpr int some = 4;  // at a time: looking takes a while
-      unsigned groups[some];
+      unsigned count[some];
 #pragma unroll
-      for (int i = 0; i < some; ++i) groups[i] = hopper::load_counter(counters_ + max(first_ - 1 - i, 0));
+      for (int i = 0; i < some; ++i) count[i] = hopper::load_counter(counters_ + max(first_ - 1 - i, 0));
 #pragma unroll
       for (int i = 0, more = 1; i < some; ++i) {
-        more = more && groups[i] == 2 && first_ > 0;
+        more = more && count[i] == 1 && first_ > 0;
         first_ -= more;
       }
     }
@@ -71,37 +71,57 @@ class finished_tiles {
   int first_;
 };
 
+/// A step of a tile of keys.
+[[nodiscard]] __device__ inline item step_of(const key_tile& keys, int q0, bool any_unused) {
+  item x{};
+  for (int group = 0; group < 2; ++group) {
+    const auto &one = keys.warp[2 * group], &other = keys.warp[2 * group + 1];
+    const bool seen = min(one.first, other.first) < q0 + step_rows && max(one.end, other.end) > q0;
+    const bool whole =
+        max(one.last_first, other.last_first) <= q0 && min(one.first_end, other.first_end) >= q0 + step_rows;
+    x.seen |= static_cast<unsigned>(seen) << group;
+    x.masked |= static_cast<unsigned>(!whole) << group;
+  }
+  x.rows = static_cast<unsigned>(any_unused ? min(keys.used - q0, step_rows) : step_rows);
+  x.start = q0;
+  return x;
+}
+
 /// The order of a tile's items: k and v of each group, then q and dout of each step.
 template <int D, class Heads>
 __device__ inline void load_keys_and_queries(const backward_job<Heads>& job, const backward_block<D>& block,
                                              const key_tile& keys, slot_pool<D>& pool) {
   using namespace hopper;
   using memory = backward_memory<D>;
-  const int b = keys.b, h = keys.h, first = keys.first(0, 4) / step_rows * step_rows, end = keys.end(0, 4);
+  const int b = keys.b, h = keys.h, first = keys.first() / step_rows * step_rows, end = keys.end();
   int left = first < end ? (end - first + step_rows - 1) / step_rows : 0;
   if (left == 0) return block.at.claimable.arrive();
   const lattice& from = job.keys.at[keys.lattice];
+  item x{};
+  x.left = left;
   for (int start = keys.first_index; start < keys.first_index + tile_rows; start += step_rows)
     pool.load(
-        block, 0,
-        [&](int slot, barrier& full) {
+        block, x, 0,
+        [&](unsigned slot, barrier& full) {
           load_keys<D, step_rows>(block.rows(slot), from.k, job.keys.k_sinks, keys.sinks, full, start, h, b);
         },
-        [&](int slot, barrier& full) {
+        [&](unsigned slot, barrier& full) {
           load_keys<D, step_rows>(block.rows(slot), from.v, job.keys.v_sinks, keys.sinks, full, start, h, b);
         });
   finished_tiles finished(job.finished_of(b, h), (end + tile_rows - 1) / tile_rows);
   if (left < claimed_ahead) block.at.claimable.arrive();
   for (int t = first + (left - 1) * step_rows; left > 0; t -= step_rows, --left) {
     if (left == claimed_ahead) block.at.claimable.arrive();
+    x = step_of(keys, t, keys.used < job.shape.T);
+    x.left = left - 1;
     finished.wait(t / tile_rows);
     pool.load(
-        block, memory::statistics_bytes,
-        [&](int slot, barrier& full) {
+        block, x, memory::statistics_bytes,
+        [&](unsigned slot, barrier& full) {
           load_tile<D, step_rows>(block.rows(slot), job.q, full, t, h, b);
           load_bytes(block.statistics(slot), &job.statistics(b, h, t), memory::statistics_bytes, full);
         },
-        [&](int slot, barrier& full) { load_tile<D, step_rows>(block.rows(slot), job.dout, full, t, h, b); });
+        [&](unsigned slot, barrier& full) { load_tile<D, step_rows>(block.rows(slot), job.dout, full, t, h, b); });
   }
 }
 
@@ -117,39 +137,20 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
   const int group_id = 4 + group;
   const float scale = shape.scale * log2_e;
   const int b = keys.b, h = keys.h, used = keys.used;
-  const int all_first = keys.first(0, 4) / step_rows * step_rows, all_end = keys.end(0, 4);
-  const int first = keys.first(2 * group, 2 * group + 2), end = keys.end(2 * group, 2 * group + 2);
-  const int full_first = max(keys.warp[2 * group].last_first, keys.warp[2 * group + 1].last_first);
-  const int full_end = min(keys.warp[2 * group].first_end, keys.warp[2 * group + 1].first_end);
-  const bool any = all_first < all_end;
-  const auto [k_slot, v_slot] = any ? block.take_of_two(items, group) : slot_pair{0, 0};
+  const bool any = keys.first() < keys.end();
+  item step = any ? block.take_of_two(items, group) : item{};
+  const unsigned k_slot = step.first, v_slot = step.second;
   float dk[D / 2] = {}, dv[D / 2] = {};
 
-  struct {
-    int q0, q, dout;  // first query, slots
-  } step = {(all_end - 1) / step_rows * step_rows + step_rows, 0, 0};
-  // The next step of which this group sees anything; others are given back unread.
-  const auto next = [&] {
-    while (any && step.q0 > all_first) {
-      const slot_pair slots = block.take(items);
-      step = {step.q0 - step_rows, slots.first, slots.second};
-      if (step.q0 + step_rows > first && step.q0 < end) return true;
-      block.release(step.q, lane);
-      block.release(step.dout, lane);
+  for (bool more = block.take_step(items, step, group, lane); more;) {
+    const item now = step;
+    char *const q = block.rows(now.first), *const dout = block.rows(now.second);
+    if (now.rows < step_rows) {
+      zero_rows<D, step_rows>(q, now.rows, thread, group_id);
+      zero_rows<D, step_rows>(dout, now.rows, thread, group_id);
     }
-    return false;
-  };
-
-  for (bool more = next(); more;) {
-    const auto [q0, q_slot, dout_slot] = step;
-    char *const q = block.rows(q_slot), *const dout = block.rows(dout_slot);
-    if (shape.length && q0 + step_rows > used) {
-      zero_rows<D, step_rows>(q, used - q0, thread, group_id);
-      zero_rows<D, step_rows>(dout, used - q0, thread, group_id);
-    }
-    const std::uint64_t k_rows = operand(block.rows(computed_here(k_slot))),
-                        v_rows = operand(block.rows(computed_here(v_slot)));
-    const std::uint64_t q_rows = operand(q, panel), dout_rows = operand(dout, panel);
+    const std::uint64_t k_rows = operand_of_warp(block.rows(k_slot)), v_rows = operand_of_warp(block.rows(v_slot));
+    const std::uint64_t q_rows = operand_of_warp(q, panel), dout_rows = operand_of_warp(dout, panel);
     float s[32], dp[32];
     wgmma_fence();
 #pragma unroll
@@ -160,12 +161,12 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
     for (int c = 0; c < D / 16; ++c)
       product(dp, advanced(v_rows, c / 4 * panel + c % 4 * 32), advanced(dout_rows, c / 4 * panel + c % 4 * 32), c > 0);
     wgmma_commit();
-    more = next();
+    more = block.take_step(items, step, group, lane);
     wgmma_wait<1>();
     hopper::pin(s);
-    if (full_first > q0 || full_end < q0 + step_rows) mask_columns(s, keys.queries, row, q0, lane);
+    if (now.masked >> group & 1) mask_columns(s, keys.queries, row, now.start, lane);
     // Columns 8j + 2(lane % 4) and the next: both rows' statistics lie beside each other.
-    const auto* const statistics = reinterpret_cast<const float4*>(block.statistics(q_slot)) + lane % 4;
+    const auto* const statistics = reinterpret_cast<const float4*>(block.statistics(now.first)) + lane % 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float4 pair = statistics[4 * j];
@@ -198,8 +199,8 @@ __device__ inline void compute_keys(const backward_job<Heads>& job, const backwa
     wgmma_wait<0>();
     hopper::pin(dv);
     hopper::pin(dk);
-    block.release(q_slot, lane);
-    block.release(dout_slot, lane);
+    block.release(now.first, lane);
+    block.release(now.second, lane);
   }
 
   // By way of the warp's own rows of k and v. Neighbouring rows may belong to other tiles, so each is written by

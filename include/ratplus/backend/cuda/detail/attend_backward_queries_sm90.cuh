@@ -16,6 +16,23 @@ __device__ inline void describe_queries(const backward_job<Heads>& job, query_ti
   rows.lse2[row] = t < at.used ? job.lse(at.b, at.h, t) * log2_e : INFINITY;
 }
 
+/// A step of a tile of queries.
+[[nodiscard]] __device__ inline item step_of(const query_tile& rows, int run, int start, int T) {
+  item x{};
+  const auto& seen = rows.at[run];
+  for (unsigned group = 0; group < 2; ++group) {
+    const lattice_range first = seen[64 * group], last = seen[64 * group + 63];
+    x.seen |= static_cast<unsigned>(first.begin < start + step_rows && last.end > start) << group;
+    x.masked |= static_cast<unsigned>(last.begin > start || first.end < start + step_rows) << group;
+  }
+  // Anchors that no query of the tile sees yet are keys like others; other keys that none sees may be no numbers.
+  const bool known = run == rows.anchors && rows.used == T;
+  x.rows = static_cast<unsigned>(known ? step_rows : min(seen[tile_rows - 1].end - start, step_rows));
+  x.run = static_cast<unsigned>(run);
+  x.start = start;
+  return x;
+}
+
 /// The order of a tile's items: q and dout of each group, out of both, if queries have their own keys to themselves
 /// these and their values of each group, then keys and values of each step.
 template <int D, class Heads>
@@ -28,22 +45,26 @@ __device__ inline void load_queries(const backward_job<Heads>& job, const backwa
   int left = steps_of<step_rows>(rows, walk.run);
   if (left <= claimed_ahead) block.at.claimable.arrive();
   const auto load = [&](const auto& map, int t) {
-    return [&, t](int slot, barrier& full) { load_tile<D, step_rows>(block.rows(slot), map, full, t, h, b); };
+    return [&, t](unsigned slot, barrier& full) { load_tile<D, step_rows>(block.rows(slot), map, full, t, h, b); };
   };
   constexpr int half = step_rows;
-  for (int t = t0; t <= t0 + half; t += half) pool.load(block, 0, load(job.q, t), load(job.dout, t));
-  pool.load(block, 0, load(job.out, t0), load(job.out, t0 + half));
+  item x{};
+  x.left = left;
+  for (int t = t0; t <= t0 + half; t += half) pool.load(block, x, 0, load(job.q, t), load(job.dout, t));
+  pool.load(block, x, 0, load(job.out, t0), load(job.out, t0 + half));
   if (rows.own)
-    for (int t = t0; t <= t0 + half; t += half) pool.load(block, 0, load(job.own_k, t), load(job.own_v, t));
+    for (int t = t0; t <= t0 + half; t += half) pool.load(block, x, 0, load(job.own_k, t), load(job.own_v, t));
   for (; walk.next(rows); --left) {
+    x = step_of(rows, walk.run, walk.start, job.shape.T);
+    x.left = left - 1;
     const lattice& from = job.keys.at[rows.lattice[walk.run]];
     const int joined = walk.run == rows.anchors ? rows.sinks : 0;
     pool.load(
-        block, 0,
-        [&](int slot, barrier& full) {
+        block, x, 0,
+        [&](unsigned slot, barrier& full) {
           load_keys<D, step_rows>(block.rows(slot), from.k, job.keys.k_sinks, joined, full, walk.start, h, b);
         },
-        [&](int slot, barrier& full) {
+        [&](unsigned slot, barrier& full) {
           load_keys<D, step_rows>(block.rows(slot), from.v, job.keys.v_sinks, joined, full, walk.start, h, b);
         });
     if (left == claimed_ahead + 1) block.at.claimable.arrive();
@@ -53,7 +74,7 @@ __device__ inline void load_queries(const backward_job<Heads>& job, const backwa
 template <int D, class Heads>
 __device__ inline void compute_queries(const backward_job<Heads>& job, const backward_block<D>& block,
                                        const query_tile& rows, typename backward_block<D>::item_place& items,
-                                       results_under_way<D>& results, int group, int thread) {
+                                       typename backward_block<D>::result_place& results, int group, int thread) {
   using namespace hopper;
   constexpr int panel = step_rows * row_bytes;
   const attend_shape& shape = job.shape;
@@ -63,14 +84,21 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
   const float scale = shape.scale * log2_e;
   const int b = rows.b, h = rows.h, used = rows.used, t0 = rows.number * tile_rows + 64 * group;
 
-  const auto [q_slot, dout_slot] = block.take_of_two(items, group);
+  item step = block.take_of_two(items, group);
+  const unsigned q_slot = step.first, dout_slot = step.second;
   char *const q = block.rows(q_slot), *const dout = block.rows(dout_slot);
+  // Rows that are not in use may hold anything, and their keys' gradients are to be 0.
+  if (used < shape.T && used < t0 + step_rows)
+    for (char* x : {q, dout}) zero_rows<D, step_rows>(x, max(used - t0, 0), thread, group_id);
+  const auto here = static_cast<unsigned>(computed_here(lane));
+  const int first_row = thread / 32 * 16;
+  const rows_read<D> dout_rows(block_rows<step_rows>(dout, first_row, here));
   row_statistics statistics[2];
   {
-    const slot_pair out = block.take(items);
-    const int slot = group == 0 ? out.first : out.second;
+    const item out = block.take(items);
+    const unsigned slot = group == 0 ? out.first : out.second;
     float delta[2];
-    multiply_own<D, step_rows, step_rows>(dout, row, block.rows(slot), row, lane, delta);
+    multiply_own<D>(dout_rows, block_rows<step_rows>(block.rows(slot), first_row, here), lane, delta);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int t = t0 + row + 8 * half;
@@ -84,32 +112,14 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
   std::uint32_t ds[4][4];
   bool accumulate = false;
 
-  // The next step of which this group sees anything; up to `most` others are given back unread.
-  tile_walk<step_rows, no_past::runs> walk;
-  if (rows.own) walk.run = rows.window;
-  struct taken {
-    int run, start, k, v;  // the latter two slots
-  };
-  taken step{};
-  const auto next = [&](int most) {
-    for (; walk.next(rows); --most) {
-      const slot_pair slots = block.take(items);
-      step = {walk.run, walk.start, slots.first, slots.second};
-      const auto& seen = rows.at[walk.run];
-      if (most == 0 || (seen[64 * group].begin < walk.start + step_rows && seen[64 * group + 63].end > walk.start))
-        return true;
-      block.release(step.k, lane);
-      block.release(step.v, lane);
-    }
-    return false;
-  };
   const auto multiply_rows = [&] {
-    char *const k = block.rows(step.k), *const v = block.rows(step.v);
-    if (const int end = rows.at[step.run][tile_rows - 1].end - step.start; end < step_rows) {
-      zero_rows<D, step_rows>(k, end, thread, group_id);
-      zero_rows<D, step_rows>(v, end, thread, group_id);
+    char *const k = block.rows(step.first), *const v = block.rows(step.second);
+    if (step.rows < step_rows) {
+      zero_rows<D, step_rows>(k, step.rows, thread, group_id);
+      zero_rows<D, step_rows>(v, step.rows, thread, group_id);
     }
-    const std::uint64_t q_rows = operand(q), dout_rows = operand(dout), k_rows = operand(k), v_rows = operand(v);
+    const std::uint64_t q_rows = operand_of_warp(q), dout_rows = operand_of_warp(dout), k_rows = operand_of_warp(k),
+                        v_rows = operand_of_warp(v);
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < D / 16; ++c)
@@ -119,21 +129,19 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       product(dp, advanced(dout_rows, c / 4 * panel + c % 4 * 32), advanced(v_rows, c / 4 * panel + c % 4 * 32), c > 0);
     wgmma_commit();
   };
-  const auto multiply_keys = [&](int slot) {
-    const std::uint64_t k_rows = operand(block.rows(slot), panel);
+  const auto multiply_keys = [&](unsigned slot) {
+    const std::uint64_t k_rows = operand_of_warp(block.rows(slot), panel);
     wgmma_fence();
 #pragma unroll
     for (int c = 0; c < 4; ++c) product<true>(dq, ds[c], advanced(k_rows, c * 16 * row_bytes), accumulate || c > 0);
     wgmma_commit();
     accumulate = true;
   };
-  const auto find_gradients = [&](const taken& of_step) {
+  const auto find_gradients = [&](const item& of_step) {
     hopper::pin(s);
     hopper::pin(dp);
-    block.release(of_step.v, lane);
-    const auto& seen = rows.at[of_step.run];
-    if (seen[64 * group + 63].begin > of_step.start || seen[64 * group].end < of_step.start + step_rows)
-      mask_columns(s, seen, row_of_tile, of_step.start, lane);
+    block.release(of_step.second, lane);
+    if (of_step.masked >> group & 1) mask_columns(s, rows.at[of_step.run], row_of_tile, of_step.start, lane);
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
       const row_statistics& of_row = statistics[(j >> 1) & 1];
@@ -142,87 +150,57 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
   };
 
   // Each row's own key, which no other query sees unless it is kept: then a tile of keys writes its gradients again.
-  // The keys and values become their gradients in place.
+  // The keys and values become their gradients in place, element by element.
   const auto take_own = [&] {
-    const auto [k_slot, v_slot] = block.take_of_two(items, group);
-    char *const k = block.rows(k_slot), *const v = block.rows(v_slot);
-    if (used < shape.T && used < t0 + step_rows)
-      for (char* x : {k, v, q, dout}) zero_rows<D, step_rows>(x, max(used - t0, 0), thread, group_id);
-    float s_own[2], dp_own[2];
-    multiply_own<D, step_rows, step_rows>(q, row, k, row, lane, s_own);
-    multiply_own<D, step_rows, step_rows>(dout, row, v, row, lane, dp_own);
-    // Products with diagonal matrices, in blocks of 16 × 16: of dS and k on the tensor cores, of p and dout, and dS /
-    // √d and q, element by element.
-    const auto here = static_cast<unsigned>(computed_here(lane));
-    const bool diagonal = here % 4 == here / 8, odd = here / 4 % 2 == 1;
-    std::uint32_t ds_of_key[4] = {}, p[2], ds_of_query[2];
+    const item own = block.take_of_two(items, group);
+    const block_rows<step_rows> k(block.rows(own.first), first_row, here), v(block.rows(own.second), first_row, here);
+    const rows_read<D> q_rows(block_rows<step_rows>(q, first_row, here)), k_rows(k);
+    float s_own[2], dp_own[2], ds_own[2];
+    multiply_own<D>(q_rows, k_rows, lane, s_own);
+    multiply_own<D>(dout_rows, v, lane, dp_own);
+    std::uint32_t p[2], ds_of_query[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const lattice_range own = rows.at[rows.window][row_of_tile + 8 * half];
-      const float p_own = own.begin < own.end ? exp2_fast(s_own[half] * scale - statistics[half].lse2) : 0.0f;
-      const float ds_own = own.begin < own.end ? p_own * (dp_own[half] - statistics[half].delta) : 0.0f;
-      ds_of_key[3 * half] = diagonal ? rounded_pair(odd ? 0 : ds_own, odd ? ds_own : 0) : 0;
+      const lattice_range seen = rows.at[rows.window][row_of_tile + 8 * half];
+      const bool sees = seen.begin < seen.end;
+      const float p_own = sees ? exp2_fast(s_own[half] * scale - statistics[half].lse2) : 0.0f;
+      ds_own[half] = sees ? p_own * (dp_own[half] - statistics[half].delta) : 0.0f;
       p[half] = rounded_pair(p_own, p_own);
-      ds_of_query[half] = rounded_pair(ds_own * shape.scale, ds_own * shape.scale);
+      ds_of_query[half] = rounded_pair(ds_own[half] * shape.scale, ds_own[half] * shape.scale);
     }
-    const int first = thread / 32 * 16;
-    const block_rows<step_rows> k_blocks(k, first, here), v_blocks(v, first, here), q_blocks(q, first, here),
-        dout_blocks(dout, first, here);
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
-      std::uint32_t x[4];
-      load_blocks_transposed(k_blocks[c], x);
+      std::uint32_t dk[4], dv[4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float sum[4] = {};
-        product_of_blocks(sum, ds_of_key, x[2 * j], x[2 * j + 1]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dq[8 * c + 4 * j + i] = sum[i];
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = widened(k_rows.block[c][j]);
+        dq[8 * c + 2 * j] = ds_own[j & 1] * pair.x;
+        dq[8 * c + 2 * j + 1] = ds_own[j & 1] * pair.y;
+        dk[j] = product_of_pairs(q_rows.block[c][j], ds_of_query[j & 1]);
+        dv[j] = product_of_pairs(dout_rows.block[c][j], p[j & 1]);
       }
-      load_blocks(q_blocks[c], x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = product_of_pairs(x[j], ds_of_query[j & 1]);
-      store_blocks(k_blocks[c], x[0], x[1], x[2], x[3]);
-      load_blocks(dout_blocks[c], x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = product_of_pairs(x[j], p[j & 1]);
-      store_blocks(v_blocks[c], x[0], x[1], x[2], x[3]);
+      store_blocks(k[c], dk[0], dk[1], dk[2], dk[3]);
+      store_blocks(v[c], dv[0], dv[1], dv[2], dv[3]);
     }
-    fence_async_proxy();
-    sync_threads(group_id, group_threads);
-    if (thread == 0) {
-      results.finish(block);
-      if (t0 < shape.T)
-        for (int c = 0; c < D; c += panel_channels) {
-          store_panel(job.own_dk, k + c * step_rows * 2, c, t0, h, b);
-          store_panel(job.own_dv, v + c * step_rows * 2, c, t0, h, b);
-        }
-      commit_stores();
-      results.own_k = k_slot, results.own_v = v_slot;
-    }
-    __syncwarp();
+    block.leave({own.first, own.second}, results, group, thread);
     accumulate = true;
   };
 
   if (rows.own) take_own();
-  if (next(1 << 30)) {
+  if (block.take_step(items, step, group, lane)) {
     multiply_rows();
-    if (thread == 0) {
-      results.finish(block);
-      results.give_back(block);
-    }
-    // The next step is looked for while products are under way.
-    taken at = step;
-    bool more = next(1);
+    // The next step is taken while products are under way.
+    item at = step;
+    bool more = block.take_step(items, step, group, lane);
     wgmma_wait<0>();
     find_gradients(at);
     round_fragment(s, ds);
     while (more) {
       multiply_rows();
-      const int k_slot = at.k;
+      const unsigned k_slot = at.first;
       multiply_keys(k_slot);
       at = step;
-      more = next(1);
+      more = block.take_step(items, step, group, lane);
       wgmma_wait<1>();
       find_gradients(at);
       wgmma_wait<0>();
@@ -231,20 +209,15 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       round_fragment(s, ds);
     }
     block.release_own_by_warp(dout_slot, lane);
-    multiply_keys(at.k);
+    multiply_keys(at.first);
     wgmma_wait<0>();
     hopper::pin(dq);
-    block.release(at.k, lane);
+    block.release(at.first, lane);
   } else {
     block.release_own_by_warp(dout_slot, lane);
   }
 
-  if (thread == 0) {
-    results.finish(block);
-    results.give_back(block);
-  }
-  const int here = computed_here(thread) % 32;
-  const block_rows<step_rows> dq_blocks(q, computed_here(thread) / 32 * 16, static_cast<unsigned>(here));
+  const block_rows<step_rows> dq_blocks(q, computed_here(first_row), here);
   const bool keep[2] = {accumulate && t0 + row < used, accumulate && t0 + row + 8 < used};
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
@@ -254,16 +227,42 @@ __device__ inline void compute_queries(const backward_job<Heads>& job, const bac
       word[j] = keep[j & 1] ? rounded_pair(dq[8 * c + 2 * j] * shape.scale, dq[8 * c + 2 * j + 1] * shape.scale) : 0;
     store_blocks(dq_blocks[c], word[0], word[1], word[2], word[3]);
   }
-  fence_async_proxy();
-  sync_threads(group_id, group_threads);
-  if (thread == 0) {
-    if (t0 < shape.T)
-      for (int c = 0; c < D; c += panel_channels) store_panel(job.dq, q + c * step_rows * 2, c, t0, h, b);
+  block.leave({q_slot, q_slot}, results, group, thread);
+}
+
+/// Stores what the groups leave: dk and dv of their own keys, if queries have these to themselves, and dq. Then it
+/// tells those who wait for the results. The description may be overwritten meanwhile: `read` says that it was read.
+template <int D, class Heads>
+__device__ inline void store_queries(const backward_job<Heads>& job, const backward_block<D>& block,
+                                     const query_tile& rows, hopper::barrier& read,
+                                     typename backward_block<D>::result_place& results) {
+  using namespace hopper;
+  const int b = rows.b, h = rows.h, number = rows.number;
+  const bool own = rows.own;
+  read.arrive();
+  slot_pair slots[2];
+  const auto store = [&](const CUtensorMap& first, const CUtensorMap* second) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      slots[group] = block.left(results, group);
+      const int t = number * tile_rows + 64 * group;
+      if (t >= job.shape.T) continue;
+      store_tile<D, step_rows>(first, block.rows(slots[group].first), t, h, b);
+      if (second) store_tile<D, step_rows>(*second, block.rows(slots[group].second), t, h, b);
+    }
+    results.advance();
     commit_stores();
-    results.slot = q_slot;
-    results.finished = job.finished_of(b, h) + rows.number;
-  }
-  __syncwarp();
+    wait_stores_read();
+#pragma unroll
+    for (const auto [one, other] : slots) {
+      block.release_own(one);
+      if (second) block.release_own(other);
+    }
+  };
+  if (own) store(job.own_dk, &job.own_dv);
+  store(job.dq, nullptr);
+  wait_stores();
+  release_increment(job.finished_of(b, h) + number);
 }
 
 }  // namespace ratplus::cuda::detail

@@ -18,7 +18,7 @@
 // One launch for both: blocks at tiles of queries, which mostly wait for memory, run beside blocks at tiles of keys,
 // which mostly multiply, and neither kind waits for the last tile of the other. A tile of keys needs what tiles of
 // queries of its head have left. Those come before it in the order in which tiles are claimed, so somebody is at work
-// on them: its loading thread waits until a counter of each says that both groups are finished.
+// on them: its loading thread waits until a counter of each says that it is finished.
 
 #include "ratplus/backend/cuda/detail/attend_backward_keys_sm90.cuh"
 #include "ratplus/backend/cuda/detail/attend_backward_queries_sm90.cuh"
@@ -36,13 +36,14 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
   if (threadIdx.x == 0) block.init();
   __syncthreads();
 
-  const int group = static_cast<int>(threadIdx.x) / group_threads - 1;  // −1 copies
-  const int thread = static_cast<int>(threadIdx.x) % group_threads;
+  const int group = static_cast<int>(threadIdx.x / group_threads) - 1;  // −1 copies
+  const int thread = static_cast<int>(threadIdx.x % group_threads);
   ring_place<2> at;
 
   if (group < 0) {
     give_registers<40>();
-    if (thread >= 32) {
+    const int warp = thread / 32;
+    if (warp == 1 || warp == 2) {  // describe tiles
       constexpr int describing = block_of::describing;
       ring_place<1> claim;
       int i = static_cast<int>(blockIdx.x);
@@ -72,34 +73,36 @@ __global__ __launch_bounds__(3 * hopper::group_threads,
         sync_threads(6, describing);
         i = shared.claimed;
       }
-    } else if (thread == 0) {
+    } else if (elected()) {  // a thread loads, another stores
       slot_pool<D> pool;
+      typename block_of::result_place results;
       for (;; at.advance()) {
         shared.described[at.stage].wait(at.parity);
         const query_or_key_tile& tile = block.tile(at.stage);
         if (tile.kind == query_or_key_tile::none) break;
-        if (tile.kind == query_or_key_tile::of_keys)
-          load_keys_and_queries<D>(job, block, tile.keys, pool);
-        else
-          load_queries<D>(job, block, tile.queries, pool);
-        shared.tile_empty[at.stage].arrive();
+        const bool of_queries = tile.kind == query_or_key_tile::of_queries;
+        barrier& empty = shared.tile_empty[at.stage];
+        if (warp > 0 && of_queries) {
+          store_queries<D>(job, block, tile.queries, empty, results);
+          continue;
+        }
+        if (warp == 0 && of_queries) load_queries<D>(job, block, tile.queries, pool);
+        if (warp == 0 && !of_queries) load_keys_and_queries<D>(job, block, tile.keys, pool);
+        empty.arrive();
       }
     }
   } else {
     take_registers<232>();
     typename block_of::item_place items;
-    results_under_way<D> results;
+    typename block_of::result_place results;
     for (;; at.advance()) {
       shared.described[at.stage].wait(at.parity);
       const query_or_key_tile& tile = block.tile(at.stage);
-      const auto kind = tile.kind;
-      if (kind == query_or_key_tile::of_queries) {
-        compute_queries<D>(job, block, tile.queries, items, results, group, thread);
-      } else {
-        if (thread == 0) results.finish(block);
-        if (kind == query_or_key_tile::none) break;
+      if (tile.kind == query_or_key_tile::none) break;
+      if (tile.kind == query_or_key_tile::of_keys)
         compute_keys<D>(job, block, tile.keys, items, group, thread);
-      }
+      else
+        compute_queries<D>(job, block, tile.queries, items, results, group, thread);
       if (thread % 32 == 0) shared.tile_empty[at.stage].arrive();
     }
   }

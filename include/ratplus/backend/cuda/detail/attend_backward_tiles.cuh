@@ -57,7 +57,7 @@ struct backward_job {
   attend_shape shape;
   queue_of<backward_order> tiles;
   int tiles_of_run[key_runs::count];  // of keys, the most that any head has
-  unsigned* finished;                 // of each tile of queries of each head: groups that are
+  unsigned* finished;                 // of each tile of queries of each head: 1 when its results are in memory
   view<const float, 3> lse;
   view<row_statistics, 3> statistics;
   view<bfloat16, 4> dk, dv;
@@ -83,16 +83,10 @@ struct key_tile : tile_place {
   int first_index;          // of the keys, on it
   int sinks;                // that have joined it, as in row_bounds
 
-  [[nodiscard]] __device__ int first(int w0, int w1) const {
-    int x = warp[w0].first;
-    for (int w = w0 + 1; w < w1; ++w) x = min(x, warp[w].first);
-    return x;
+  [[nodiscard]] __device__ int first() const {
+    return min(min(warp[0].first, warp[1].first), min(warp[2].first, warp[3].first));
   }
-  [[nodiscard]] __device__ int end(int w0, int w1) const {
-    int x = warp[w0].end;
-    for (int w = w0 + 1; w < w1; ++w) x = max(x, warp[w].end);
-    return x;
-  }
+  [[nodiscard]] __device__ int end() const { return max(max(warp[0].end, warp[1].end), max(warp[2].end, warp[3].end)); }
 };
 
 struct query_or_key_tile {
@@ -113,26 +107,44 @@ struct backward_memory {
   // More than can be under way while a computing group is behind: those in all slots, and what the other group alone
   // takes.
   static constexpr int items = 32;
+  // Of each group: those of the tile that is being stored and of the two that are described.
+  static constexpr int results = 6;
   static constexpr int statistics = slots * rows_bytes, tiles = statistics + slots * statistics_bytes;
   static constexpr int bytes = tiles + static_cast<int>(sizeof(query_or_key_tile[2])) + 1024;  // 1024: alignment
 };
 
 struct slot_pair {
-  int first, second;
+  unsigned first, second;
+};
+
+/// What the loading thread tells the computing groups of two slots of rows.
+struct alignas(16) item {
+  unsigned first : 5, second : 5;  // slots
+  // Of a step of a tile:
+  unsigned run : 2;               // of its keys
+  unsigned seen : 2, masked : 2;  // bit g: whether group g sees any of it, and not all of it
+  unsigned rows : 7;              // that may be read, the others are to be zeroed
+  int start;                      // its first query, or its first key's index on its lattice
+
+  int left;  // the tile's steps after it
 };
 
 /// A block's shared memory. The loading thread puts items, two slots of rows each, wherever there is room, in an order
 /// that the computing groups know; each group takes them in that order, or passes over those that are the other's.
+/// What a group has computed it leaves in slots for the storing thread, which knows the order, and goes on.
 template <int D>
 struct backward_block {
   using memory = backward_memory<D>;
   using item_place = hopper::ring_place<memory::items>;
+  using result_place = hopper::ring_place<memory::results>;
   struct shared {
     hopper::barrier described[2], tile_empty[2], full[memory::items], empty[memory::slots], claimable;
-    int slots_of[memory::items];  // first + 32 second
+    item items[memory::items];
+    hopper::barrier left[memory::results][2];
+    slot_pair left_in[memory::results][2];
     int claimed;
   };
-  static constexpr int describing = 96;  // threads
+  static constexpr int describing = 64;  // threads
 
   shared& at;
   char* base;
@@ -140,42 +152,69 @@ struct backward_block {
   [[nodiscard]] __device__ query_or_key_tile& tile(int stage) const {
     return reinterpret_cast<query_or_key_tile*>(base + memory::tiles)[stage];
   }
-  [[nodiscard]] __device__ char* rows(int slot) const { return base + slot * memory::rows_bytes; }
-  [[nodiscard]] __device__ char* statistics(int slot) const {
+  [[nodiscard]] __device__ char* rows(unsigned slot) const { return base + slot * memory::rows_bytes; }
+  [[nodiscard]] __device__ char* statistics(unsigned slot) const {
     return base + memory::statistics + slot * memory::statistics_bytes;
   }
 
   /// One thread calls it.
   __device__ void init() const {
     for (hopper::barrier& x : at.described) x.init(describing);
-    for (hopper::barrier& x : at.tile_empty) x.init(9);  // the computing warps and the loading thread
+    for (hopper::barrier& x : at.tile_empty) x.init(10);  // the computing warps, the loading and the storing thread
     for (hopper::barrier& x : at.full) x.init(1);
     for (hopper::barrier& x : at.empty) x.init(8);  // the computing warps
     at.claimable.init(1);
+    for (auto& of_groups : at.left)
+      for (hopper::barrier& x : of_groups) x.init(4);  // the group's warps
     hopper::publish_barriers();
   }
 
-  /// A computing warp waits for the next item and learns its slots.
-  [[nodiscard]] __device__ slot_pair take(item_place& next) const {
+  /// A computing warp waits for the next item.
+  [[nodiscard]] __device__ item take(item_place& next) const {
     at.full[next.stage].wait(next.parity);
-    const int slots = at.slots_of[next.stage];
+    const item x = at.items[next.stage];
     next.advance();
-    return {slots % 32, slots / 32};
+    return x;
   }
   /// The same for one of two items, of which the other is the other group's.
-  [[nodiscard]] __device__ slot_pair take_of_two(item_place& next, int group) const {
+  [[nodiscard]] __device__ item take_of_two(item_place& next, int group) const {
     if (group == 1) next.advance();
-    const slot_pair slots = take(next);
+    const item x = take(next);
     if (group == 0) next.advance();
-    return slots;
+    return x;
+  }
+  /// And, after `step`, for the tile's next step of which the group sees anything, if there is one; others are given
+  /// back unread.
+  [[nodiscard]] __device__ bool take_step(item_place& next, item& step, int group, int lane) const {
+    while (step.left > 0) {
+      step = take(next);
+      if (step.seen >> group & 1) return true;
+      release(step.first, lane);
+      release(step.second, lane);
+    }
+    return false;
   }
   /// A group that has a slot to itself gives it back: one thread does, or each of its four warps.
-  __device__ void release_own(int slot) const { at.empty[slot].arrive(8); }
-  __device__ void release_own_by_warp(int slot, int lane) const {
+  __device__ void release_own(unsigned slot) const { at.empty[slot].arrive(8); }
+  __device__ void release_own_by_warp(unsigned slot, int lane) const {
     if (lane == 0) at.empty[slot].arrive(2);
   }
-  __device__ void release(int slot, int lane) const {
+  __device__ void release(unsigned slot, int lane) const {
     if (lane == 0) at.empty[slot].arrive();
+  }
+
+  /// The threads of a group, each after its last write to these slots, leave them to the storing thread.
+  __device__ void leave(slot_pair slots, result_place& next, int group, int thread) const {
+    hopper::fence_async_proxy();
+    if (thread == 0) at.left_in[next.stage][group] = slots;
+    __syncwarp();
+    if (thread % 32 == 0) at.left[next.stage][group].arrive();
+    next.advance();
+  }
+  /// Which waits for them.
+  [[nodiscard]] __device__ slot_pair left(const result_place& next, int group) const {
+    at.left[next.stage][group].wait(next.parity);
+    return at.left_in[next.stage][group];
   }
 };
 
@@ -187,58 +226,34 @@ struct slot_pool {
   unsigned used = 0;  // slots: whether an odd number of times
   int last = 0;
 
-  /// Waits for free slots; load_first(slot, barrier) and load_second fill them.
+  /// Waits for free slots for `x`; load_first(slot, barrier) and load_second fill them.
   template <class First, class Second>
-  __device__ void load(const backward_block<D>& block, int more_bytes, First&& load_first, Second&& load_second) {
+  __device__ void load(const backward_block<D>& block, item x, int more_bytes, First&& load_first,
+                       Second&& load_second) {
     hopper::barrier& full = block.at.full[next.stage];
-    const int first = take(block);
+    x.first = take(block);
     full.expect(memory::rows_bytes + more_bytes);
-    load_first(first, full);
-    const int second = take(block);
-    block.at.slots_of[next.stage] = first + 32 * second;
+    load_first(x.first, full);
+    x.second = take(block);
+    block.at.items[next.stage] = x;
     full.arrive_expecting(memory::rows_bytes);
-    load_second(second, full);
+    load_second(x.second, full);
     next.advance();
   }
 
  private:
-  __device__ int take(const backward_block<D>& block) {
+  __device__ unsigned take(const backward_block<D>& block) {
     int slot = last;
     do slot = slot + 1 == memory::slots ? 0 : slot + 1;
     while (!block.at.empty[slot].done(~used >> slot & 1));
     used ^= 1u << slot;
     last = slot;
-    return slot;
+    return static_cast<unsigned>(slot);
   }
 };
 
 /// The loading thread lets the block's next tile be claimed when the loads of this many of a tile's steps, or fewer,
 /// are still to come: a tile that is claimed and not begun may keep others waiting.
 inline constexpr int claimed_ahead = 8;
-
-/// The results of a group's half tile of queries on their way to memory.
-template <int D>
-struct results_under_way {
-  static constexpr int none = -1;
-  int slot = none, own_k = none, own_v = none;
-  unsigned* finished = nullptr;
-
-  /// The thread that stored them gives the slots of own keys back.
-  __device__ void give_back(const backward_block<D>& block) {
-    if (own_k == none) return;
-    hopper::wait_stores_read();
-    block.release_own(own_k);
-    block.release_own(own_v);
-    own_k = none;
-  }
-  /// And the slot of the others, and tells those who wait for the results.
-  __device__ void finish(const backward_block<D>& block) {
-    if (slot == none) return;
-    hopper::wait_stores();
-    block.release_own(slot);
-    hopper::release_increment(finished);
-    slot = none;
-  }
-};
 
 }  // namespace ratplus::cuda::detail

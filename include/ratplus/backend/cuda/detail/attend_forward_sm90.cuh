@@ -355,13 +355,14 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
       bar.q_full[q_at.stage].wait(q_at.parity);
       if (rows.own) {
         // Each row's own key: its score is the maximum so far, 1 the sum, and its value what is summed.
-        const int here = computed_here(lane);
+        const auto here = static_cast<unsigned>(computed_here(lane));
         pass(group);
         walk.run = rows.window;
         const int first = at.stage * forward_step, own_row = first + group_row;  // of the places of keys
         bar.k_full[at.stage].wait(at.parity);
         if (!scored)
-          multiply_own<D, 64, memory::rows>(q, group_row + here / 4, k_ring, own_row + here / 4, here, softmax.max);
+          multiply_own<D>(block_rows<64>(q, group_row, here), block_rows<memory::rows>(k_ring, own_row, here), here,
+                          softmax.max);
         release_after_reads(bar.k_empty[at.stage]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -373,10 +374,9 @@ __global__ __launch_bounds__((forward_groups + 1) * hopper::group_threads,
         if (const int used = rows.used - t0 - 64 * group; used < 64 && rows.used < shape.T)
           zero_rows<D, memory::rows>(v_ring, first + max(used, 0), thread, group_id, first + 64);
         // Copied by a product with a diagonal of ones, in blocks of 16 × 16.
-        const bool diagonal = static_cast<unsigned>(here) % 4 == static_cast<unsigned>(here) / 8,
-                   odd = here / 4 % 2 == 1;
+        const bool diagonal = here % 4 == here / 8, odd = here / 4 % 2 == 1;
         const std::uint32_t one = diagonal ? rounded_pair(odd ? 0 : 1, odd ? 1 : 0) : 0, ones[4] = {one, 0, 0, one};
-        const block_rows<memory::rows> v(v_ring, own_row, static_cast<unsigned>(here));
+        const block_rows<memory::rows> v(v_ring, own_row, here);
 #pragma unroll
         for (int c = 0; c < D / 16; ++c) {
           std::uint32_t block[4];

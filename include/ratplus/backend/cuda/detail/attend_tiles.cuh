@@ -336,20 +336,41 @@ __device__ inline void round_fragment(const float (&s)[N], std::uint32_t (&a)[N 
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-/// Products of rows a_row and a_row + 8 of one tile with rows b_row and b_row + 8 of another, both of D channels, for
-/// each lane of a warp; lane / 4 has been added to both. A product of 16 × 16 blocks has them in its diagonal, and
-/// costs less than multiplying elements.
-template <int D, int RowsA, int RowsB>
-__device__ inline void multiply_own(const char* a, int a_row, const char* b, int b_row, int lane, float (&sum)[2]) {
+/// 16 rows of D channels that a warp has read and keeps.
+template <int D>
+struct rows_read {
+  std::uint32_t block[D / 16][4];  // as load_blocks gives them
+
+  template <int Rows>
+  __device__ explicit rows_read(const hopper::block_rows<Rows>& rows) {
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) hopper::load_blocks(rows[c], block[c]);
+  }
+};
+
+/// Block c of 16 rows, from shared memory or read before.
+template <int Rows>
+__device__ inline void load_block(const hopper::block_rows<Rows>& rows, int c, std::uint32_t (&x)[4]) {
+  hopper::load_blocks(rows[c], x);
+}
+template <int D>
+__device__ inline void load_block(const rows_read<D>& rows, int c, std::uint32_t (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = rows.block[c][i];
+}
+
+/// Products of each of 16 rows of D channels with its fellow of another 16: each lane of a warp gets those of rows
+/// lane / 4 and lane / 4 + 8. A product of 16 × 16 blocks has them in its diagonal, and costs less than multiplying
+/// elements.
+template <int D, class A, class B>
+__device__ inline void multiply_own(const A& a, const B& b, int lane, float (&sum)[2]) {
   const auto here = static_cast<unsigned>(lane);
-  const hopper::block_rows<RowsA> a_blocks(a, a_row - lane / 4, here);
-  const hopper::block_rows<RowsB> b_blocks(b, b_row - lane / 4, here);
   float low[2][4] = {}, high[2][4] = {};  // with rows b_row … and b_row + 8 …, of even and of odd blocks
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
     std::uint32_t x[4], y[4];
-    hopper::load_blocks(a_blocks[c], x);
-    hopper::load_blocks(b_blocks[c], y);
+    load_block(a, c, x);
+    load_block(b, c, y);
     hopper::product_of_blocks(low[c % 2], x, y[0], y[2]);
     hopper::product_of_blocks(high[c % 2], x, y[1], y[3]);
   }
@@ -368,6 +389,12 @@ __device__ inline void multiply_own(const char* a, int a_row, const char* b, int
 template <int D, int Rows>
 __device__ inline void load_tile(char* to, const CUtensorMap& map, hopper::barrier& full, int row, int h, int b) {
   for (int c = 0; c < D; c += hopper::panel_channels) hopper::load_panel(to + c * Rows * 2, map, full, c, row, h, b);
+}
+
+/// And stores it.
+template <int D, int Rows>
+__device__ inline void store_tile(const CUtensorMap& map, const char* from, int row, int h, int b) {
+  for (int c = 0; c < D; c += hopper::panel_channels) hopper::store_panel(map, from + c * Rows * 2, c, row, h, b);
 }
 
 /// Loads the keys or values from index `start` of a lattice on, which `joined` sinks have joined, a box of `from`, to
