@@ -3,7 +3,10 @@
 
 #include "ratplus/io/checkpoint.hpp"
 
-#include "ratplus/ratplus.hpp"
+#include "ratplus/backend/reference/backend.hpp"
+#include "ratplus/pattern/names.hpp"
+#include "ratplus/recurrence/by_name.hpp"
+#include "ratplus/train/joint_step.hpp"
 #include "support/array.hpp"
 #include "support/catch.hpp"
 #include "support/scratch.hpp"
@@ -55,45 +58,45 @@ struct file_parts {
 }  // namespace
 
 TEMPLATE_TEST_CASE("checkpoint: a model is read back bit for bit", "", float, double) {
-  cpu::context cpu;
+  reference::context ctx;
   const std::string recurrence = GENERATE("gated_average", "none", "chunked:4");
   const scratch_folder scratch;
   visit_cell(recurrence, [&](const auto& cell) {
     using Model = language_model<std::decay_t<decltype(cell)>, TestType>;
-    Model model(cpu, small_config(recurrence), cell), again(cpu, small_config(recurrence), cell);
-    model.initialise(cpu, 3);
-    io::save_model(cpu, scratch / "new/folder", model);
+    Model model(ctx, small_config(recurrence), cell), again(ctx, small_config(recurrence), cell);
+    model.initialise(ctx, 3);
+    io::save_model(ctx, scratch / "new/folder", model);
     const io::model_source source = io::open_model(scratch / "new/folder");
     CHECK(source.config == model.config());
-    io::load_model(cpu, source, again);
+    io::load_model(ctx, source, again);
     CHECK(values(std::as_const(model).parameters()) == values(std::as_const(again).parameters()));
   });
 }
 
 TEST_CASE("checkpoint: a training run goes on exactly") {
-  cpu::context cpu;
+  reference::context ctx;
   const scratch_folder scratch;
   using Model = language_model<gated_average>;
   const auto ids = random_tokens(2 * 8, 11, 5);
   const token_batch batch{as_view(ids.data.data(), 2, 8), as_view(ids.data.data(), 2, 8)};
   const std::vector<token_batch> batches{batch};
 
-  Model model(cpu, small_config());
-  model.initialise(cpu, 1);
-  training<Model> run(cpu, model);
-  for (int i = 0; i < 3; ++i) run.joint_step(cpu, dilated<4>{}, batches, 1e-2);
-  io::save_training(cpu, scratch / "run", model, run, 3, "options of mine");
-  const auto expected = run.joint_step(cpu, dilated<4>{}, batches, 1e-2);
+  Model model(ctx, small_config());
+  model.initialise(ctx, 1);
+  training<Model> run(ctx, model);
+  for (int i = 0; i < 3; ++i) run.joint_step(ctx, dilated<4>{}, batches, 1e-2);
+  io::save_training(ctx, scratch / "run", model, run, 3, "options of mine");
+  const auto expected = run.joint_step(ctx, dilated<4>{}, batches, 1e-2);
 
   const io::training_source source = io::open_training(scratch / "run");
   CHECK(source.config == model.config());
   CHECK(source.iteration == 3);
   CHECK(source.optimizer_steps == 6);
   CHECK(source.options == "options of mine");
-  Model other(cpu, source.config);
-  training<Model> other_run(cpu, other);
-  io::load_training(cpu, source, other, other_run);
-  const auto got = other_run.joint_step(cpu, dilated<4>{}, batches, 1e-2);
+  Model other(ctx, source.config);
+  training<Model> other_run(ctx, other);
+  io::load_training(ctx, source, other, other_run);
+  const auto got = other_run.joint_step(ctx, dilated<4>{}, batches, 1e-2);
   CHECK(got.sparse.loss == expected.sparse.loss);
   CHECK(got.dense.loss == expected.dense.loss);
   CHECK(got.dense.grad_norm == expected.dense.grad_norm);
