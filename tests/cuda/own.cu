@@ -87,6 +87,10 @@ TEST_CASE("a pattern of one's own attends on the device, alone and beside others
     const own::thirds alone;
     CHECK(difference(own::attended<ratplus::cuda::context>(alone, T), own::attended<reference::context>(alone, T)) <=
           2e-6);
+    // One of the library's, too: this program is built for every architecture.
+    const sparse<4, 2> plain;
+    CHECK(difference(own::attended<ratplus::cuda::context>(plain, T), own::attended<reference::context>(plain, T)) <=
+          2e-6);
     const by_head<own::thirds, sparse<4, 2>> beside{};
     CHECK(difference(own::attended<ratplus::cuda::context>(beside, T), own::attended<reference::context>(beside, T)) <=
           2e-6);
