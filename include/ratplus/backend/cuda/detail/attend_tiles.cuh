@@ -365,7 +365,7 @@ __device__ inline void load_block(const rows_read<D>& rows, int c, std::uint32_t
 template <int D, class A, class B>
 __device__ inline void multiply_own(const A& a, const B& b, int lane, float (&sum)[2]) {
   const auto here = static_cast<unsigned>(lane);
-  float low[2][4] = {}, high[2][4] = {};  // with rows b_row … and b_row + 8 …, of even and of odd blocks
+  float low[2][4] = {}, high[2][4] = {};  // with b's first and last 8 rows, of even and of odd blocks
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
     std::uint32_t x[4], y[4];
